@@ -1,0 +1,9 @@
+"""Images and labels from files: every form of DATA becomes a :class:`~debackdoor.types.CleanSet`."""
+
+from __future__ import annotations
+
+from debackdoor.data.checks import check_clean_set, check_labels
+from debackdoor.data.load import load_clean, load_dataset
+from debackdoor.data.sampling import split_clean
+
+__all__ = ["check_clean_set", "check_labels", "load_clean", "load_dataset", "split_clean"]

@@ -1,0 +1,43 @@
+"""Whether a set of images fits the model and the job."""
+
+from __future__ import annotations
+
+from debackdoor.errors import DataError
+from debackdoor.types import CleanSet
+
+MIN_IMAGES = 20
+"""Below this the hold-out half has fewer than ten images, and a single one moves accuracy by more than 10 points."""
+
+
+def check_labels(clean: CleanSet, num_classes: int) -> None:
+    """Checks that every label is one of the model's classes.
+
+    Raises:
+        DataError: if a label is ``num_classes`` or more.
+    """
+    wrong = (clean.y >= num_classes).nonzero()
+    if len(wrong):
+        row = int(wrong[0])
+        raise DataError(
+            f"{clean.source}: expected labels of 0 to {num_classes - 1} for a model of {num_classes} classes, "
+            f"got {int(clean.y[row])} for image {row}; check the labels and --num-classes"
+        )
+
+
+def check_clean_set(clean: CleanSet, num_classes: int) -> None:
+    """Checks that a clean set is enough to work with (that it is not empty, the set itself ensures).
+
+    Raises:
+        DataError: if a label is out of range, all images share one class, or there are fewer than ``MIN_IMAGES``.
+    """
+    check_labels(clean, num_classes)
+    if clean.num_classes_seen < 2:
+        raise DataError(
+            f"{clean.source}: expected clean images of at least 2 classes, got only class {int(clean.y[0])}; "
+            "add images of the other classes"
+        )
+    if len(clean) < MIN_IMAGES:
+        raise DataError(
+            f"{clean.source}: expected at least {MIN_IMAGES} clean images, got {len(clean)}; add images "
+            "or raise the limit (500 is the default)"
+        )

@@ -1,0 +1,27 @@
+"""Errors that a user can act on: each message says what was expected, what was got, and what to do."""
+
+from __future__ import annotations
+
+
+class DebackdoorError(Exception):
+    """Base of every error this package raises on purpose. The command line prints it and exits with 2."""
+
+
+class CheckpointError(DebackdoorError, ValueError):
+    """A checkpoint file is missing, damaged, unsafe, or does not fit the architecture."""
+
+
+class DataError(DebackdoorError, ValueError):
+    """Images or labels are missing, unreadable, or out of range."""
+
+
+class ModelError(DebackdoorError, ValueError):
+    """An architecture is unknown, or a model does not behave like an image classifier."""
+
+
+class TriggerError(DebackdoorError, ValueError):
+    """A saved trigger is missing, damaged, or does not fit the images."""
+
+
+class MissingDependencyError(DebackdoorError, ImportError):
+    """An optional library is not installed or does not import."""

@@ -1,0 +1,58 @@
+"""Writing files so that a killed run leaves the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+
+def atomic_write(path: str | Path, data: bytes) -> None:
+    """Replaces the file at ``path`` by ``data`` in one step, and has both on disk before it returns.
+
+    A symbolic link stays a link: the file that it points to is replaced. A new file gets the permissions that the
+    user's umask gives. After any failure the old file is as it was and no temporary file is left.
+
+    Raises:
+        OSError: if the folder does not exist or cannot be written to, or the disk is full.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        # Mode "x" rather than tempfile: mkstemp's 0600 would make the result unreadable to others.
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """:func:`atomic_write` of ``text`` in UTF-8."""
+    atomic_write(path, text.encode("utf-8"))
+
+
+def sha256_of(path: str | Path) -> str:
+    """The file's SHA-256 in hexadecimal.
+
+    Raises:
+        OSError: if the file cannot be read.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes a rename durable; only POSIX systems let a program open a folder for this."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

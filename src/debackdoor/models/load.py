@@ -1,0 +1,123 @@
+"""From a checkpoint file and an ``--arch`` to a classifier of [0, 1] images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from debackdoor.checkpoint import Checkpoint, load_into, read_checkpoint
+from debackdoor.errors import CheckpointError, ModelError
+from debackdoor.models.head import infer_num_classes
+from debackdoor.models.normalize import Normalized, unwrap
+from debackdoor.models.renamed import with_names_of
+from debackdoor.models.resolve import resolve_arch
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A classifier and where it came from.
+
+    Attributes:
+        model: float32, in eval mode; takes images (N, C, H, W) in [0, 1].
+        checkpoint: what the file held; ``write_checkpoint(..., like=checkpoint)`` writes a file of the same form.
+        arch: the name it was built by.
+        num_classes: how many classes it tells apart.
+    """
+
+    model: nn.Module
+    checkpoint: Checkpoint
+    arch: str
+    num_classes: int
+
+
+def open_model(
+    path: str | Path,
+    arch: str,
+    num_classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> LoadedModel:
+    """Loads an untrusted checkpoint into the network ``arch`` names (see :func:`resolve_arch`).
+
+    Args:
+        path: a safetensors or torch file.
+        arch: a built-in name, ``file.py:factory``, ``package.module:factory``, ``timm:``, ``torchvision:`` or ``hf:``.
+        num_classes: by default as many as the checkpoint's last layer has.
+        mean: what the network was trained to have subtracted from each channel of a [0, 1] image; none by default.
+        std: what it was trained to have each channel divided by.
+
+    Raises:
+        CheckpointError: if the file is damaged or unsafe, or does not fit ``arch`` or ``num_classes``.
+        ModelError: if ``arch``, ``mean`` or ``std`` is not usable.
+        MissingDependencyError: if ``arch`` needs a library that does not import.
+    """
+    checkpoint = read_checkpoint(path)
+    classes = _class_count(checkpoint, num_classes)
+    network = resolve_arch(arch, checkpoint.state_dict)(classes).float()
+    checkpoint = with_names_of(network, checkpoint)
+    load_into(network, checkpoint, arch)
+    return LoadedModel(_normalised(network, mean, std).eval(), checkpoint, arch, classes)
+
+
+def load_model(
+    path: str | Path,
+    arch: str,
+    num_classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> nn.Module:
+    """The model of :func:`open_model`, with the same arguments and errors.
+
+    Example:
+        >>> model = load_model("model.safetensors", arch="resnet18")  # doctest: +SKIP
+    """
+    return open_model(path, arch, num_classes, mean, std).model
+
+
+def build_model(
+    arch: str,
+    num_classes: int,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    in_channels: int = 3,
+) -> nn.Module:
+    """A new network to train, with random weights from torch's generator; arguments as for :func:`open_model`.
+
+    Raises:
+        ModelError: if an argument is not usable.
+        MissingDependencyError: if ``arch`` needs a library that does not import.
+    """
+    if num_classes < 2 or in_channels < 1:
+        raise ModelError(f"expected at least 2 classes and 1 channel, got {num_classes} and {in_channels}")
+    return _normalised(resolve_arch(arch)(num_classes, in_channels).float(), mean, std)
+
+
+def state_dict_of(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the network inside, with the keys its checkpoint has, without normalisation."""
+    return unwrap(model).state_dict()
+
+
+def _class_count(checkpoint: Checkpoint, given: int | None) -> int:
+    try:
+        found = infer_num_classes(checkpoint.state_dict)
+    except CheckpointError as error:
+        if given is None:
+            raise CheckpointError(f"{checkpoint.path}: {error}") from error
+        return given
+    if given is not None and given != found:
+        raise CheckpointError(
+            f"{checkpoint.path}: expected {given} classes as asked for, got a last layer of {found}; "
+            f"give --num-classes {found} or leave it out"
+        )
+    return found
+
+
+def _normalised(network: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
+    if mean is None and std is None:
+        return network
+    if mean is None or std is None:
+        raise ModelError(f"expected mean and std together, got only {'std' if mean is None else 'mean'}; give both")
+    return Normalized(network, mean, std)

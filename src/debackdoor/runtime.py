@@ -1,0 +1,69 @@
+"""Where and how numbers are computed: device, precision, random generators."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from debackdoor.errors import DebackdoorError
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """The device a name stands for; ``auto`` takes CUDA where there is one.
+
+    Raises:
+        DebackdoorError: if the name is unknown, or CUDA is asked for and absent.
+    """
+    if name not in DEVICES:
+        raise DebackdoorError(f"expected a device out of {', '.join(DEVICES)}, got '{name}'; choose one of them")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DebackdoorError("expected a CUDA device, got none on this machine; use --device cpu")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 arithmetic is done by the hardware rather than emulated."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return (
+        device.type == "cpu" and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def autocast(device: torch.device, precision: str = "auto") -> AbstractContextManager[None]:
+    """A context in which forward passes run in bfloat16 where ``precision`` says so.
+
+    Args:
+        device: where the tensors live.
+        precision: ``fp32``, ``bf16``, or ``auto`` (bf16 where the hardware has it).
+
+    Raises:
+        DebackdoorError: if the precision is unknown.
+    """
+    if precision not in PRECISIONS:
+        raise DebackdoorError(
+            f"expected a precision out of {', '.join(PRECISIONS)}, got '{precision}'; choose one of them"
+        )
+    enabled = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def generator(seed: int) -> torch.Generator:
+    """A CPU random generator of its own, so that nothing depends on or disturbs the global one."""
+    return torch.Generator().manual_seed(seed)
+
+
+def shuffled_batches(count: int, batch_size: int, random: torch.Generator) -> list[Tensor]:
+    """One pass over ``count`` samples: int64 index tensors in random order.
+
+    A last batch of a single sample is left out, since batch normalisation cannot be trained on it.
+    """
+    batches = list(torch.randperm(count, generator=random).split(batch_size))
+    return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches

@@ -1,0 +1,140 @@
+"""Frozen dataclasses that every floor of the package shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debackdoor.errors import DataError
+
+Progress = Callable[[str, int, int, Mapping[str, float]], None]
+"""Called as ``progress(stage, done, total, numbers)`` from inside long loops."""
+
+
+@dataclass(frozen=True)
+class CleanSet:
+    """Images with their labels: the defender's trusted samples, or a test split.
+
+    Attributes:
+        x: float32 images in [0, 1], shape (N, C, H, W).
+        y: int64 labels, shape (N,), each at least 0.
+        class_names: one name a class, or empty where the source names none.
+        source: where the images came from, for messages and records.
+
+    Raises:
+        DataError: if a shape, dtype or value range is not as above.
+    """
+
+    x: Tensor
+    y: Tensor
+    class_names: tuple[str, ...] = ()
+    source: str = "memory"
+
+    def __post_init__(self) -> None:
+        x, y = self.x, self.y
+        if x.ndim != 4 or x.dtype != torch.float32:
+            raise DataError(
+                f"{self.source}: expected float32 images of shape (N, C, H, W), got {x.dtype} {tuple(x.shape)}"
+            )
+        if y.ndim != 1 or y.dtype != torch.int64 or len(y) != len(x):
+            raise DataError(
+                f"{self.source}: expected {len(x)} int64 labels, one an image, got {y.dtype} of shape {tuple(y.shape)}"
+            )
+        if len(x) == 0:
+            raise DataError(f"{self.source}: expected at least one image, got none; check the path and the limit")
+        low, high = float(x.min()), float(x.max())
+        if not (low >= 0.0 and high <= 1.0):
+            raise DataError(
+                f"{self.source}: expected pixel values in [0, 1], got {low:.3g} to {high:.3g}; "
+                "scale the images, and give normalisation to the model with --mean and --std"
+            )
+        if int(y.min()) < 0:
+            raise DataError(f"{self.source}: expected labels of at least 0, got {int(y.min())}")
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def num_classes_seen(self) -> int:
+        """How many different labels occur."""
+        return int(self.y.unique().numel())
+
+    def subset(self, indices: Tensor) -> CleanSet:
+        """The samples at ``indices`` (int64), in that order."""
+        return CleanSet(self.x[indices], self.y[indices], self.class_names, self.source)
+
+    def to(self, device: torch.device | str) -> CleanSet:
+        """The same samples on another device."""
+        return CleanSet(self.x.to(device), self.y.to(device), self.class_names, self.source)
+
+
+@dataclass(frozen=True)
+class PlannedChannel:
+    """One channel to prune.
+
+    Attributes:
+        layer: the module's dotted name.
+        index: its output channel.
+        score: the channel's mask value after recovery; low means suspicious.
+    """
+
+    layer: str
+    index: int
+    score: float
+
+
+Plan = tuple[PlannedChannel, ...]
+"""Channels in the order in which they are pruned."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing a repair did: its name, why, and the numbers it ended with (fractions, seconds, counts)."""
+
+    name: str
+    reason: str
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """A repair's own check, made from clean data alone.
+
+    Attributes:
+        passed: whether no trigger towards a suspect label is easier to find than towards the other labels.
+        label: the label that was checked, or None where nothing was exposed.
+        evidence: the numbers behind it, before and after the repair.
+        message: one sentence for a person.
+    """
+
+    passed: bool
+    label: int | None
+    evidence: Mapping[str, float]
+    message: str
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """What a defence returns.
+
+    Attributes:
+        model: the repaired model, a new object in eval mode.
+        plan: the channels that were pruned, in order; empty where pruning was not needed or not the method.
+        clean_accuracy: ``{"before": float, "after": float}`` on the hold-out part, fractions.
+        verification: the check that a repair ends with; None where a bare defence does not check itself.
+        history: numbers over time, a list of rows a stage.
+        steps: what was done, in order.
+        changed: whether any weight differs from the input's.
+    """
+
+    model: nn.Module
+    plan: Plan
+    clean_accuracy: Mapping[str, float]
+    verification: Verification | None
+    history: Mapping[str, list[dict[str, Any]]]
+    steps: tuple[Step, ...]
+    changed: bool
