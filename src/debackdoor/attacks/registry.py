@@ -1,0 +1,62 @@
+"""Attacks by the name that the command line and saved triggers give them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from debackdoor.attacks.badnets import BadNets
+from debackdoor.attacks.base import Attack
+from debackdoor.attacks.blend import Blend
+from debackdoor.attacks.sig import SIG
+from debackdoor.attacks.wanet import WaNet
+from debackdoor.errors import TriggerError
+from debackdoor.types import CleanSet
+
+ATTACKS: dict[str, type[Attack]] = {attack.name: attack for attack in (BadNets, Blend, SIG, WaNet)}
+
+
+def attack_class(name: str) -> type[Attack]:
+    """The class of that name.
+
+    Raises:
+        TriggerError: if there is none.
+    """
+    if name not in ATTACKS:
+        raise TriggerError(f"expected an attack out of {', '.join(ATTACKS)}, got '{name}'; choose one of them")
+    return ATTACKS[name]
+
+
+def make_attack(name: str, data: CleanSet, **parameters: Any) -> Attack:
+    """The attack of that name for images and classes like those of ``data``.
+
+    Args:
+        name: a key of ``ATTACKS``.
+        data: the training set, which gives ``image_shape`` and ``num_classes``.
+        parameters: the attack's other hyper-parameters; its defaults otherwise.
+
+    Raises:
+        TriggerError: if the attack or a hyper-parameter is unknown or out of range.
+    """
+    channels, height, width = data.x.shape[1:]
+    fitted = {"image_shape": (channels, height, width), "num_classes": count_classes(data)}
+    return build(attack_class(name), fitted | parameters)
+
+
+def build(kind: type[Attack], parameters: dict[str, Any]) -> Attack:
+    """``kind(**parameters)`` with a message of its own for an unknown hyper-parameter.
+
+    Raises:
+        TriggerError: if a hyper-parameter is unknown or out of range.
+    """
+    known = [name for name, item in kind.__dataclass_fields__.items() if item.init]
+    for name in parameters:
+        if name not in known:
+            raise TriggerError(
+                f"expected parameters of {kind.name} out of {', '.join(known)}, got '{name}'; correct it"
+            )
+    return kind(**parameters)
+
+
+def count_classes(data: CleanSet) -> int:
+    """How many classes a labelled set has: as many as it names, and at least one more than its largest label."""
+    return max(len(data.class_names), int(data.y.max()) + 1)

@@ -1,0 +1,134 @@
+"""Clean accuracy, attack success rate, robust accuracy, and how much a defence achieved: one evaluator for all methods.
+
+Definitions as in Zhu et al., "Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware Minimization", ICCV
+2023. All rates are fractions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debackdoor.attacks import Attack
+from debackdoor.attacks.base import ALL_TO_ONE
+from debackdoor.errors import DataError
+from debackdoor.rnp.batches import predict
+from debackdoor.types import CleanSet
+
+SCHEMA = "debackdoor/evaluate/1"
+_BATCH = 500
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model does with a test set, clean and triggered.
+
+    Attributes:
+        clean_accuracy: share of all clean images that get their true label.
+        attack_success_rate: share of the triggered images that get the attacker's label.
+        robust_accuracy: share of the triggered images that still get their true label.
+        clean_images: how many images the first is a share of.
+        triggered_images: how many the others are shares of: all-to-one leaves out images of the target class.
+    """
+
+    clean_accuracy: float
+    attack_success_rate: float
+    robust_accuracy: float
+    clean_images: int
+    triggered_images: int
+
+    def record(self) -> dict[str, Any]:
+        """The entries of an evaluation record, its schema first."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+
+def accuracy(model: nn.Module, data: CleanSet, *, precision: str = "auto") -> float:
+    """Share of the images that the model, in eval mode, gives their label; the model is left in the mode it was in.
+
+    Args:
+        model: takes images (N, C, H, W) in [0, 1] on its own device.
+        data: the images; any device.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+    """
+    return _share(_answers(model, data.x, precision) == data.y.cpu())
+
+
+def evaluate(model: nn.Module, test: CleanSet, attack: Attack, *, precision: str = "auto") -> Evaluation:
+    """Measures a model on a test set and on the same images with the attack's trigger.
+
+    In all-to-one mode, images whose true label is the target are left out of the triggered ones; in all-to-all mode
+    every image counts, and success is the answer y + 1 mod K. The model is left in the mode it was in.
+
+    Args:
+        model: takes images (N, C, H, W) in [0, 1] on its own device.
+        test: clean test images with true labels.
+        attack: the trigger and its label rule.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+
+    Raises:
+        TriggerError: if the images do not fit the trigger.
+        DataError: if the labels do not, or every image is of the target class.
+    """
+    attack.check_fits(test)
+    victims = test
+    if attack.mode == ALL_TO_ONE:
+        others = (test.y != attack.target).nonzero()[:, 0]
+        if len(others) == 0:
+            raise DataError(
+                f"{test.source}: expected images of other classes than the target {attack.target}, got none; "
+                "give the whole test set"
+            )
+        victims = test.subset(others)
+    y = victims.y.cpu()
+    answers = _answers(model, victims.x, precision, attack.apply)
+    return Evaluation(
+        clean_accuracy=accuracy(model, test, precision=precision),
+        attack_success_rate=_share(answers == attack.target_labels(y)),
+        robust_accuracy=_share(answers == y),
+        clean_images=len(test),
+        triggered_images=len(victims),
+    )
+
+
+def defence_effectiveness(before: Evaluation, after: Evaluation) -> float:
+    """The defence effectiveness rating (DER) in [0, 1]: 0.5 where nothing changed, 1 for a full removal free of cost.
+
+    ``(max(0, ASR before - ASR after) - max(0, CA before - CA after) + 1) / 2``
+    """
+    removed = max(0.0, before.attack_success_rate - after.attack_success_rate)
+    lost = max(0.0, before.clean_accuracy - after.clean_accuracy)
+    return (removed - lost + 1) / 2
+
+
+def _share(hits: Tensor) -> float:
+    # Counted rather than averaged: a float32 mean of 0.958 reads 0.9580000042915344 in a record.
+    return int(hits.sum()) / len(hits)
+
+
+def _answers(
+    model: nn.Module, x: Tensor, precision: str, trigger: Callable[[Tensor], Tensor] = lambda images: images
+) -> Tensor:
+    """The labels (N,) that the model gives, on the CPU; the trigger is put on batch by batch, to save memory."""
+    place = next((item.device for item in model.parameters()), x.device)
+    with _eval_mode(model), torch.inference_mode():
+        parts = [
+            predict(model, trigger(part.to(place)), precision=precision).argmax(1).cpu() for part in x.split(_BATCH)
+        ]
+    return torch.cat(parts)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is in the mode it was in, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
