@@ -1,0 +1,36 @@
+"""What every defence shares: hyper-parameters in the constructor, model and clean set in the call."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from debackdoor.types import CleanSet, Progress, RepairResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defense(ABC):
+    """A way to remove a backdoor that sees the model and the clean set, and nothing else.
+
+    Attributes:
+        seed: of every random choice the method makes.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+    """
+
+    name: ClassVar[str]
+
+    seed: int = 0
+    precision: str = "auto"
+
+    @abstractmethod
+    def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
+        """A repaired copy of ``model``, which itself is not changed.
+
+        Args:
+            model: takes images (N, C, H, W) in [0, 1], gives (N, K) logits.
+            clean: trusted samples on the model's device.
+            progress: called from inside long loops.
+        """

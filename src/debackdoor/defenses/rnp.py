@@ -1,0 +1,133 @@
+"""Reconstructive Neuron Pruning.
+
+Li et al., "Reconstructive Neuron Pruning for Backdoor Defense", ICML 2023, https://arxiv.org/abs/2305.14876: unlearn
+the clean task, recover it with one mask a channel, prune the channels that the recovery leaves behind.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from torch import nn
+
+from debackdoor.channels import MaskableLayer, find_channels, masked_call
+from debackdoor.data import split_clean
+from debackdoor.defenses.base import Defense
+from debackdoor.errors import DebackdoorError
+from debackdoor.rnp.batches import accuracy, predict
+from debackdoor.rnp.prune import below, longest_prefix, plan_mask, prune, rank
+from debackdoor.rnp.recover import Recovered, RecoverSettings, recover
+from debackdoor.rnp.unlearn import Unlearned, UnlearnSettings, unlearn
+from debackdoor.types import CleanSet, Plan, Progress, RepairResult, Step
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """What the first two stages find out about a model.
+
+    Attributes:
+        unlearned: the exposed model and how it came about.
+        recovered: the masks that bring the clean task back.
+        layers: the maskable layers, in the masks' order.
+        ranking: all channels, the most suspicious first.
+    """
+
+    unlearned: Unlearned
+    recovered: Recovered
+    layers: tuple[MaskableLayer, ...]
+    ranking: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RNP(Defense):
+    """Unlearn, recover, prune; blind: nothing but the clean set chooses how much is pruned.
+
+    Attributes:
+        budget: how far hold-out accuracy may fall, a fraction; pruning goes as far along the ranking.
+        threshold: where given, prune every channel whose mask is at most this instead (the paper's rule).
+        unlearning: hyper-parameters of stage 1.
+        recovery: hyper-parameters of stage 2.
+
+    Example:
+        >>> result = RNP(budget=0.02)(model, clean)  # doctest: +SKIP
+    """
+
+    name: ClassVar[str] = "rnp"
+
+    budget: float = 0.02
+    threshold: float | None = None
+    unlearning: UnlearnSettings = field(default_factory=UnlearnSettings)
+    recovery: RecoverSettings = field(default_factory=RecoverSettings)
+
+    def __post_init__(self) -> None:
+        for name, value in (("budget", self.budget), ("threshold", self.threshold)):
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise DebackdoorError(f"expected {name} from 0 to 1, got {value}; give a fraction such as 0.02")
+
+    @classmethod
+    def published(cls, threshold: float = 0.2, *, seed: int = 0, precision: str = "fp32") -> RNP:
+        """The paper's settings: larger steps, checked once a pass and never taken back, and a fixed mask threshold."""
+        unlearning = UnlearnSettings(
+            lr=0.01,
+            weight_decay=5e-4,
+            clip=None,
+            past_peak=None,
+            check_every=None,
+            largest_fall=1.0,
+            max_passes=21,
+            decay_at=(10, 20),
+        )
+        return cls(threshold=threshold, unlearning=unlearning, seed=seed, precision=precision)
+
+    def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
+        model = copy.deepcopy(model).eval()
+        fit, holdout = split_clean(clean, seed=self.seed)
+        exposure = self.expose(model, fit, progress=progress)
+        plan = self.choose(model, exposure, holdout)
+        return self.remove(model, exposure, plan, holdout)
+
+    def expose(self, model: nn.Module, fit: CleanSet, *, progress: Progress | None = None) -> Exposure:
+        """Stages 1 and 2, and the ranking they give."""
+        layers = find_channels(model, fit.x[:2])
+        unlearned = unlearn(model, fit, self.unlearning, seed=self.seed, precision=self.precision, progress=progress)
+        recovered = recover(
+            unlearned.model, layers, fit, self.recovery, seed=self.seed, precision=self.precision, progress=progress
+        )
+        return Exposure(unlearned, recovered, layers, rank(layers, recovered.mask, ties=recovered.mean_mask))
+
+    def choose(self, model: nn.Module, exposure: Exposure, holdout: CleanSet) -> Plan:
+        """The channels to prune, from the ranking and the hold-out part alone."""
+        if self.threshold is not None:
+            return below(exposure.ranking, self.threshold)
+        least = self._accuracy(model, exposure, (), holdout) - self.budget
+        return longest_prefix(
+            exposure.ranking, lambda plan: self._accuracy(model, exposure, plan, holdout) >= least - 1e-9
+        )
+
+    def remove(self, model: nn.Module, exposure: Exposure, plan: Plan, holdout: CleanSet) -> RepairResult:
+        """Stage 3: the pruned copy, and what it costs on the hold-out part."""
+        repaired = prune(model, exposure.layers, plan).eval()
+        rates = {
+            "before": self._accuracy(model, exposure, (), holdout),
+            "after": self._accuracy(model, exposure, plan, holdout),
+        }
+        steps = (
+            Step("unlearn", exposure.unlearned.reason, {"accuracy": exposure.unlearned.accuracy}),
+            Step("recover", "one mask a channel", {"channels": len(exposure.ranking)}),
+            Step("prune", self._rule(), {"channels": len(plan), "accuracy": rates["after"]}),
+        )
+        history = {"unlearn": exposure.unlearned.history, "recover": exposure.recovered.history}
+        return RepairResult(repaired, plan, rates, None, history, steps, changed=bool(plan))
+
+    def _accuracy(self, model: nn.Module, exposure: Exposure, plan: Plan, holdout: CleanSet) -> float:
+        """Hold-out accuracy with the plan's channels masked: the model itself is not copied."""
+        mask = plan_mask(exposure.layers, plan, holdout.x.device)
+        logits = predict(lambda x: masked_call(model, exposure.layers, mask, x), holdout.x, precision=self.precision)
+        return accuracy(logits, holdout.y)
+
+    def _rule(self) -> str:
+        if self.threshold is not None:
+            return f"masks of at most {self.threshold}"
+        return f"as far as hold-out accuracy falls by at most {self.budget}"

@@ -1,0 +1,1 @@
+"""The three stages of Reconstructive Neuron Pruning, as functions that pass tensors."""

@@ -1,0 +1,198 @@
+"""Stage 1 of RNP: make the model forget its clean task, so that what else it learnt stands alone.
+
+Li et al., "Reconstructive Neuron Pruning for Backdoor Defense", ICML 2023, section 3.2 (neuron-level unlearning).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from debackdoor.models.forward import logits_of
+from debackdoor.rnp.batches import accuracy, label_shares, normalisation_in_train_mode, predict, random_shift
+from debackdoor.runtime import autocast, generator, shuffled_batches
+from debackdoor.types import CleanSet, Progress
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What unlearning ends with.
+
+    Attributes:
+        model: the exposed model, a new object in eval mode.
+        reason: why it stopped: ``forgotten`` (accuracy at or below the target), ``piled up`` (the answers had gathered
+            on one label and begun to spread again), ``steps`` (none left) or ``stuck`` (no step was small enough to
+            keep accuracy from falling too far at once).
+        accuracy: of the exposed model on the fit part, eval mode, a fraction.
+        label_shares: how its answers on the fit part spread over the labels, K fractions.
+        history: one row a check: step, loss, accuracy, lr, label_shares, and whether the steps were taken back.
+    """
+
+    model: nn.Module
+    reason: str
+    accuracy: float
+    label_shares: list[float]
+    history: list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlearnSettings:
+    """Hyper-parameters of unlearning.
+
+    Attributes:
+        lr: step size of SGD; halved whenever accuracy falls by more than ``largest_fall`` between two checks.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        clip: largest gradient norm, applied after backward; None clips nothing.
+        stop_accuracy: unlearning ends at this accuracy on the fit part.
+        past_peak: unlearning ends when the largest label share has fallen this far below its peak, with the model as
+            it was at the peak; None goes on.
+        check_every: steps between two checks; None checks once a pass.
+        largest_fall: how far accuracy may fall between two checks before the steps are taken back; 1 never takes back.
+        max_passes: passes over the fit part at most.
+        batch_size: images a step.
+        shift: largest random shift in pixels.
+        decay_at: passes after which the step size is divided by ten.
+    """
+
+    lr: float = 0.002
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    clip: float | None = 20.0
+    stop_accuracy: float = 0.2
+    past_peak: float | None = 0.1
+    check_every: int | None = 2
+    largest_fall: float = 0.3
+    max_passes: int = 60
+    batch_size: int = 128
+    shift: int = 4
+    decay_at: tuple[int, ...] = ()
+
+
+def unlearn(
+    model: nn.Module,
+    fit: CleanSet,
+    settings: UnlearnSettings,
+    *,
+    seed: int = 0,
+    precision: str = "auto",
+    progress: Progress | None = None,
+) -> Unlearned:
+    """Climbs the classification error on ``fit`` with every weight, until the clean task is forgotten.
+
+    Batch normalisation runs in train mode and dropout is off: with frozen statistics the same loss is reached by a
+    model that has lost the backdoor too. The caller's model is not changed.
+    """
+    climb = _Climb(model, fit, settings, seed, precision)
+    limit = settings.max_passes * climb.steps_a_pass
+    reason = None
+    while reason is None:
+        climb.advance(settings.check_every or climb.steps_a_pass)
+        climb.check()
+        reason = climb.reason_to_stop(limit)
+        if progress is not None:
+            progress("unlearn", climb.steps, limit, {"accuracy": climb.now.accuracy})
+    end = climb.peak if reason == "piled up" else climb.now
+    climb.model.load_state_dict(end.weights)
+    return Unlearned(climb.model.eval(), reason, end.accuracy, end.shares, climb.history)
+
+
+@dataclass(frozen=True)
+class _State:
+    """The model at one check."""
+
+    weights: dict[str, Tensor]
+    accuracy: float
+    shares: list[float]
+
+
+class _Climb:
+    """Gradient ascent that can go back to the last good check."""
+
+    def __init__(self, model: nn.Module, fit: CleanSet, settings: UnlearnSettings, seed: int, precision: str) -> None:
+        self.model = copy.deepcopy(model).requires_grad_(True)
+        self.fit, self.settings, self.precision = fit, settings, precision
+        self.random = generator(seed)
+        self.steps_a_pass = len(shuffled_batches(len(fit), settings.batch_size, generator(seed)))
+        self.queue: list[Tensor] = []
+        self.steps, self.lr, self.loss = 0, settings.lr, 0.0
+        self.history: list[dict[str, Any]] = []
+        self.now = self.peak = self._measure()
+        self._restart()
+
+    def _measure(self) -> _State:
+        logits = predict(self.model.eval(), self.fit.x, precision=self.precision)
+        return _State(copy.deepcopy(self.model.state_dict()), accuracy(logits, self.fit.y), label_shares(logits))
+
+    def _restart(self) -> None:
+        """A fresh optimiser: momentum from a direction that overshot would overshoot again."""
+        s = self.settings
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), lr=self.lr, momentum=s.momentum, weight_decay=s.weight_decay
+        )
+
+    def advance(self, count: int) -> None:
+        normalisation_in_train_mode(self.model)
+        for _ in range(count):
+            if not self.queue:
+                self.queue = shuffled_batches(len(self.fit), self.settings.batch_size, self.random)
+            self._step(self.queue.pop())
+            self.steps += 1
+            if self.steps in (passes * self.steps_a_pass for passes in self.settings.decay_at):
+                self._set_lr(self.lr / 10)
+
+    def _step(self, index: Tensor) -> None:
+        x = random_shift(self.fit.x[index], self.settings.shift, self.random)
+        with autocast(x.device, self.precision):
+            logits = logits_of(self.model(x)).float()
+        loss = F.cross_entropy(logits, self.fit.y[index])
+        self.optimizer.zero_grad(set_to_none=True)
+        (-loss).backward()
+        if self.settings.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        self.optimizer.step()
+        self.loss = loss.item()
+
+    def _set_lr(self, lr: float) -> None:
+        self.lr = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def check(self) -> None:
+        """Measures, and takes the last steps back with half the step size where accuracy fell too far at once."""
+        new = self._measure()
+        overshot = self.now.accuracy - new.accuracy > self.settings.largest_fall or not math.isfinite(self.loss)
+        self.history.append(
+            {
+                "step": self.steps,
+                "loss": self.loss,
+                "accuracy": new.accuracy,
+                "lr": self.lr,
+                "label_shares": new.shares,
+                "taken_back": overshot,
+            }
+        )
+        if overshot:
+            self.model.load_state_dict(self.now.weights)
+            self.lr /= 2
+            self._restart()
+            return
+        self.now = new
+        if max(new.shares) > max(self.peak.shares):
+            self.peak = new
+
+    def reason_to_stop(self, limit: int) -> str | None:
+        s = self.settings
+        if self.now.accuracy <= s.stop_accuracy:
+            return "forgotten"
+        if s.past_peak is not None and max(self.now.shares) < max(self.peak.shares) - s.past_peak:
+            return "piled up"
+        if self.lr < s.lr / 1024 and not s.decay_at:
+            return "stuck"
+        return "steps" if self.steps >= limit else None
