@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import copy
 import math
-from statistics import median
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from debackdoor.data import check_clean_set, split_clean
 from debackdoor.defenses.rnp import RNP
+from debackdoor.detectors.comparison import TriggerComparison, TriggerSizes
 from debackdoor.detectors.label import PileUp, largest_pile_up
-from debackdoor.detectors.trigger import RecoveredTrigger, search_triggers
-from debackdoor.errors import ModelError
+from debackdoor.errors import DebackdoorError, ModelError
 from debackdoor.rnp.batches import accuracy, predict
 from debackdoor.runtime import resolve_device
 from debackdoor.types import CleanSet, Progress, RepairResult, Step, Verification
@@ -26,9 +26,6 @@ EXPOSED_SHARE = 0.5
 
 EASY = 2.0
 """A label whose smallest trigger is this many times smaller than the others' median is easy to reach."""
-
-COMPARED_LABELS = 3
-"""How many other labels' triggers the suspect's is compared with."""
 
 
 def repair(
@@ -63,23 +60,15 @@ def repair(
     fit, holdout = split_clean(clean, seed=seed)
     exposure = method.expose(suspect, fit, progress=progress)
     pile_up = largest_pile_up(exposure.unlearned.history)
-    exposed = pile_up.share >= EXPOSED_SHARE
+    search = TriggerComparison(pile_up.label, fit, holdout, seed, precision, progress)
+    before = search(suspect)
+    exposed = pile_up.share >= EXPOSED_SHARE or before.ease >= EASY
     plan = method.choose(suspect, exposure, holdout) if exposed else ()
     result = method.remove(suspect, exposure, plan, holdout)
-    if not exposed:
-        verification = _nothing_exposed(pile_up)
-    else:
-        verification = _verify(suspect, result.model, fit, holdout, pile_up, seed, precision, progress)
+    after = search(result.model) if plan else before
+    verification = _judge(exposed, pile_up, before, after)
     steps = (*result.steps, Step("verify", verification.message, verification.evidence))
-    return RepairResult(
-        model=result.model.to(home),
-        plan=result.plan,
-        clean_accuracy=result.clean_accuracy,
-        verification=verification,
-        history=result.history,
-        steps=steps,
-        changed=result.changed,
-    )
+    return replace(result, model=result.model.to(home), verification=verification, steps=steps)
 
 
 def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> None:
@@ -91,10 +80,12 @@ def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> N
     """
     try:
         logits = predict(model, clean.x, precision=precision)
-    except RuntimeError as error:
-        shape = tuple(clean.x.shape[1:])
+    except DebackdoorError:
+        raise
+    except Exception as error:  # a model is anyone's code and may raise anything
+        why = (str(error).splitlines() or [type(error).__name__])[0]
         raise ModelError(
-            f"expected the model to take images of shape {shape}, got '{str(error).splitlines()[0]}'; "
+            f"expected the model to take images of shape {tuple(clean.x.shape[1:])}, got '{why}'; "
             "check --arch and the image size"
         ) from error
     check_clean_set(clean, logits.shape[1])
@@ -111,49 +102,25 @@ def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> N
         )
 
 
-def _verify(
-    before: nn.Module,
-    after: nn.Module,
-    fit: CleanSet,
-    holdout: CleanSet,
-    pile_up: PileUp,
-    seed: int,
-    precision: str,
-    progress: Progress | None,
-) -> Verification:
-    """Whether a trigger to the exposed label is as hard to find as to other labels, searched for before and after."""
-    others = [label for label in fit.y.unique().tolist() if label != pile_up.label]
-    labels = [pile_up.label, *others[:: math.ceil(len(others) / COMPARED_LABELS)]]
+def _judge(exposed: bool, pile_up: PileUp, before: TriggerSizes, after: TriggerSizes) -> Verification:
+    """Whether a trigger to the exposed label is as hard to find as to the other labels."""
     evidence = {"exposed_share": pile_up.share}
-    for when, model in (("before", before), ("after", after)):
-        triggers = search_triggers(model, fit, holdout, labels, seed=seed, precision=precision, progress=progress)
+    for when, sizes in (("before", before), ("after", after)):
         evidence |= {
-            f"trigger_pixels_{when}": triggers[0].l1,
-            f"trigger_success_{when}": triggers[0].success_rate,
-            f"other_trigger_pixels_{when}": median(found.l1 for found in triggers[1:]),
-            f"ease_{when}": _ease(triggers),
+            f"trigger_pixels_{when}": sizes.pixels,
+            f"trigger_success_{when}": sizes.success_rate,
+            f"other_trigger_pixels_{when}": sizes.other_pixels,
         }
-    passed = evidence["ease_after"] < EASY
+    where = f"label {pile_up.label}: {pile_up.share:.0%} of the answers gather on it while the clean task is forgotten"
+    if not exposed:
+        effort = f"a trigger to it takes {before.pixels:.0f} pixels, to other labels {before.other_pixels:.0f}"
+        return Verification(True, None, evidence, f"nothing is exposed; {where}, {effort}; the model is left as it is")
+    passed = after.ease < EASY
     message = (
-        f"a trigger to label {pile_up.label} takes {evidence['trigger_pixels_after']:.1f} pixels "
-        f"({evidence['trigger_pixels_before']:.1f} before), to other labels "
-        f"{evidence['other_trigger_pixels_after']:.1f}: "
-        + ("none is easier to find than elsewhere" if passed else "the backdoor is still there")
+        f"{where}; a trigger to it takes {after.pixels:.0f} pixels ({before.pixels:.0f} before), to other labels "
+        f"{after.other_pixels:.0f}: {'it is no easier to reach' if passed else 'the backdoor is still there'}"
     )
     return Verification(passed, pile_up.label, evidence, message)
-
-
-def _ease(triggers: list[RecoveredTrigger]) -> float:
-    """How many times smaller the first label's trigger is than the others' median."""
-    return median(found.l1 for found in triggers[1:]) / max(triggers[0].l1, 1e-3)
-
-
-def _nothing_exposed(pile_up: PileUp) -> Verification:
-    message = (
-        f"nothing is exposed: at most {pile_up.share:.0%} of the answers gather on one label while the clean task is "
-        "forgotten; the model is left as it is"
-    )
-    return Verification(True, None, {"exposed_share": pile_up.share}, message)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -75,7 +75,7 @@ def train(
     data: CleanSet,
     test: CleanSet | None = None,
     *,
-    epochs: int = 12,
+    epochs: int = 9,
     batch_size: int = 256,
     lr: float = 0.4,
     seed: int = 0,

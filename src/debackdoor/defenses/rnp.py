@@ -10,6 +10,7 @@ import copy
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch.nn.functional as F
 from torch import nn
 
 from debackdoor.channels import MaskableLayer, find_channels, masked_call
@@ -17,7 +18,7 @@ from debackdoor.data import split_clean
 from debackdoor.defenses.base import Defense
 from debackdoor.errors import DebackdoorError
 from debackdoor.rnp.batches import accuracy, predict
-from debackdoor.rnp.prune import below, longest_prefix, plan_mask, prune, rank
+from debackdoor.rnp.prune import Cost, below, plan_mask, prune, rank, spared
 from debackdoor.rnp.recover import Recovered, RecoverSettings, recover
 from debackdoor.rnp.unlearn import Unlearned, UnlearnSettings, unlearn
 from debackdoor.types import CleanSet, Plan, Progress, RepairResult, Step
@@ -46,6 +47,7 @@ class RNP(Defense):
 
     Attributes:
         budget: how far hold-out accuracy may fall, a fraction; pruning goes as far along the ranking.
+        suspicious: channels with masks above this are not pruned.
         threshold: where given, prune every channel whose mask is at most this instead (the paper's rule).
         unlearning: hyper-parameters of stage 1.
         recovery: hyper-parameters of stage 2.
@@ -57,12 +59,13 @@ class RNP(Defense):
     name: ClassVar[str] = "rnp"
 
     budget: float = 0.02
+    suspicious: float = 0.5
     threshold: float | None = None
     unlearning: UnlearnSettings = field(default_factory=UnlearnSettings)
     recovery: RecoverSettings = field(default_factory=RecoverSettings)
 
     def __post_init__(self) -> None:
-        for name, value in (("budget", self.budget), ("threshold", self.threshold)):
+        for name, value in (("budget", self.budget), ("suspicious", self.suspicious), ("threshold", self.threshold)):
             if value is not None and not 0.0 <= value <= 1.0:
                 raise DebackdoorError(f"expected {name} from 0 to 1, got {value}; give a fraction such as 0.02")
 
@@ -101,18 +104,16 @@ class RNP(Defense):
         """The channels to prune, from the ranking and the hold-out part alone."""
         if self.threshold is not None:
             return below(exposure.ranking, self.threshold)
-        least = self._accuracy(model, exposure, (), holdout) - self.budget
-        return longest_prefix(
-            exposure.ranking, lambda plan: self._accuracy(model, exposure, plan, holdout) >= least - 1e-9
-        )
+        candidates = below(exposure.ranking, self.suspicious)
+        return spared(candidates, lambda plan: self._cost(model, exposure, plan, holdout), self.budget)
 
     def remove(self, model: nn.Module, exposure: Exposure, plan: Plan, holdout: CleanSet) -> RepairResult:
         """Stage 3: the pruned copy, and what it costs on the hold-out part."""
         repaired = prune(model, exposure.layers, plan).eval()
-        rates = {
-            "before": self._accuracy(model, exposure, (), holdout),
-            "after": self._accuracy(model, exposure, plan, holdout),
-        }
+        before, after = (
+            accuracy(predict(m, holdout.x, precision=self.precision), holdout.y) for m in (model, repaired)
+        )
+        rates = {"before": before, "after": after}
         steps = (
             Step("unlearn", exposure.unlearned.reason, {"accuracy": exposure.unlearned.accuracy}),
             Step("recover", "one mask a channel", {"channels": len(exposure.ranking)}),
@@ -121,11 +122,11 @@ class RNP(Defense):
         history = {"unlearn": exposure.unlearned.history, "recover": exposure.recovered.history}
         return RepairResult(repaired, plan, rates, None, history, steps, changed=bool(plan))
 
-    def _accuracy(self, model: nn.Module, exposure: Exposure, plan: Plan, holdout: CleanSet) -> float:
-        """Hold-out accuracy with the plan's channels masked: the model itself is not copied."""
+    def _cost(self, model: nn.Module, exposure: Exposure, plan: Plan, holdout: CleanSet) -> Cost:
+        """What pruning the plan costs, measured with masks: the model is not copied."""
         mask = plan_mask(exposure.layers, plan, holdout.x.device)
         logits = predict(lambda x: masked_call(model, exposure.layers, mask, x), holdout.x, precision=self.precision)
-        return accuracy(logits, holdout.y)
+        return Cost(accuracy(logits, holdout.y), F.cross_entropy(logits, holdout.y).item())
 
     def _rule(self) -> str:
         if self.threshold is not None:

@@ -53,7 +53,8 @@ def predict(model: Callable[[Tensor], Any], x: Tensor, *, batch_size: int = 500,
 
 def accuracy(logits: Tensor, y: Tensor) -> float:
     """Share of rows whose largest logit is the label's."""
-    return float((logits.argmax(1) == y).float().mean())
+    # Counted rather than averaged: a float32 mean of 0.958 reads 0.9580000042915344 in a record.
+    return int((logits.argmax(1) == y).sum()) / len(y)
 
 
 def label_shares(logits: Tensor) -> list[float]:

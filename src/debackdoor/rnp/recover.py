@@ -30,7 +30,7 @@ class RecoverSettings:
         weight: factor on the cross-entropy (``alpha`` in the paper's code).
         passes: passes over the fit part.
         batch_size: images a step.
-        shift: largest random shift in pixels.
+        shift: largest random shift, a fraction of the image's width.
     """
 
     lr: float = 0.2
@@ -38,7 +38,7 @@ class RecoverSettings:
     weight: float = 0.2
     passes: int = 20
     batch_size: int = 128
-    shift: int = 4
+    shift: float = 0.125
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,9 @@ def recover(
     try:
         normalisation_in_train_mode(exposed)
         for done in range(settings.passes):
-            loss_sum = right = 0.0
+            loss_sum = right = seen = 0.0
             for index in shuffled_batches(len(fit), settings.batch_size, random):
-                x, y = random_shift(fit.x[index], settings.shift, random), fit.y[index]
+                x, y = random_shift(fit.x[index], round(settings.shift * fit.x.shape[-1]), random), fit.y[index]
                 with autocast(x.device, precision):
                     logits = masked_call(exposed, layers, mask, x, parameters, buffers).float()
                 loss = settings.weight * F.cross_entropy(logits, y)
@@ -93,11 +93,11 @@ def recover(
                 with torch.no_grad():
                     mask.clamp_(0, 1)
                     total += mask
-                steps += 1
+                steps, seen = steps + 1, seen + len(y)
                 loss_sum, right = loss_sum + loss.item() * len(y), right + accuracy(logits, y) * len(y)
-            history.append({"pass": done + 1, "loss": loss_sum / len(fit), "accuracy": right / len(fit)})
+            history.append({"pass": done + 1, "loss": loss_sum / seen, "accuracy": right / seen})
             if progress is not None:
-                progress("recover", done + 1, settings.passes, {"accuracy": right / len(fit)})
+                progress("recover", done + 1, settings.passes, {"accuracy": right / seen})
     finally:
         for module, mode in was_training.items():
             module.training = mode

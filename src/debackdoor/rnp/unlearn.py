@@ -57,7 +57,7 @@ class UnlearnSettings:
         largest_fall: how far accuracy may fall between two checks before the steps are taken back; 1 never takes back.
         max_passes: passes over the fit part at most.
         batch_size: images a step.
-        shift: largest random shift in pixels.
+        shift: largest random shift, a fraction of the image's width.
         decay_at: passes after which the step size is divided by ten.
     """
 
@@ -71,7 +71,7 @@ class UnlearnSettings:
     largest_fall: float = 0.3
     max_passes: int = 60
     batch_size: int = 128
-    shift: int = 4
+    shift: float = 0.125
     decay_at: tuple[int, ...] = ()
 
 
@@ -110,6 +110,7 @@ class _State:
     weights: dict[str, Tensor]
     accuracy: float
     shares: list[float]
+    finite: bool
 
 
 class _Climb:
@@ -128,7 +129,8 @@ class _Climb:
 
     def _measure(self) -> _State:
         logits = predict(self.model.eval(), self.fit.x, precision=self.precision)
-        return _State(copy.deepcopy(self.model.state_dict()), accuracy(logits, self.fit.y), label_shares(logits))
+        weights = copy.deepcopy(self.model.state_dict())
+        return _State(weights, accuracy(logits, self.fit.y), label_shares(logits), bool(torch.isfinite(logits).all()))
 
     def _restart(self) -> None:
         """A fresh optimiser: momentum from a direction that overshot would overshoot again."""
@@ -148,7 +150,7 @@ class _Climb:
                 self._set_lr(self.lr / 10)
 
     def _step(self, index: Tensor) -> None:
-        x = random_shift(self.fit.x[index], self.settings.shift, self.random)
+        x = random_shift(self.fit.x[index], round(self.settings.shift * self.fit.x.shape[-1]), self.random)
         with autocast(x.device, self.precision):
             logits = logits_of(self.model(x)).float()
         loss = F.cross_entropy(logits, self.fit.y[index])
@@ -167,7 +169,8 @@ class _Climb:
     def check(self) -> None:
         """Measures, and takes the last steps back with half the step size where accuracy fell too far at once."""
         new = self._measure()
-        overshot = self.now.accuracy - new.accuracy > self.settings.largest_fall or not math.isfinite(self.loss)
+        broken = not (new.finite and math.isfinite(self.loss))
+        overshot = broken or self.now.accuracy - new.accuracy > self.settings.largest_fall
         self.history.append(
             {
                 "step": self.steps,

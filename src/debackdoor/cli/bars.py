@@ -1,0 +1,44 @@
+"""Progress as a bar with the time left, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from debackdoor.cli.words import numbers_in_words
+
+
+class Bars(AbstractContextManager["Bars"]):
+    """One bar, which every stage in turn uses, and which is gone in the end."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("gone,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            TextColumn("{task.fields[numbers]}"),
+            console=Console(stderr=True),
+            transient=True,
+        )
+        self._task = self._bars.add_task("", total=None, numbers="")
+
+    def __enter__(self) -> Bars:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+    def update(self, stage: str, new: bool, done: int, total: int, numbers: Mapping[str, float]) -> None:
+        if new:
+            # Not reset: that cannot go back to an unknown length.
+            self._bars.remove_task(self._task)
+            self._task = self._bars.add_task(stage, total=total or None, numbers="")
+        self._bars.update(self._task, completed=done, total=total or None, numbers=numbers_in_words(numbers))

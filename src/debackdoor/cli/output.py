@@ -1,0 +1,112 @@
+"""What a command says, and where: words, progress, JSON; and whether a file may be written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from debackdoor.cli.progress import Stages
+from debackdoor.cli.status import discard_stdout
+from debackdoor.errors import DebackdoorError
+from debackdoor.files import atomic_write_text
+
+_STDOUT = "-"
+
+
+class Output:
+    """Sends words to stdout (to stderr where JSON takes stdout), progress to stderr, and JSON where it is wanted.
+
+    Args:
+        quiet: leave out words and progress.
+        json_to: a file for the record, ``-`` for stdout, or None.
+    """
+
+    def __init__(self, quiet: bool, json_to: str | None = None) -> None:
+        self._quiet = quiet
+        self._json_to = json_to
+
+    def say(self, text: str) -> None:
+        """Prints a line; when nobody reads on, as after ``| head``, the work goes on all the same."""
+        try:
+            if not self._quiet:
+                typer.echo(text, err=self._json_to == _STDOUT)
+        except BrokenPipeError:
+            discard_stdout()
+
+    def stages(self) -> Stages:
+        """A progress callback for the whole command."""
+        return Stages(show=not self._quiet)
+
+    def check_json(self, inputs: Iterable[Path]) -> None:
+        """Checks, before any work, that the record can be written and takes the place of none of ``inputs``.
+
+        Raises:
+            DebackdoorError: if not.
+        """
+        if self._json_to not in (None, _STDOUT):
+            check_file(Path(str(self._json_to)), inputs, overwrite=True, protect=True)
+
+    def write_json(self, record: Mapping[str, Any]) -> None:
+        """Writes the record, where one was asked for.
+
+        Raises:
+            DebackdoorError: if it cannot be written.
+        """
+        if self._json_to is None:
+            return
+        from debackdoor.report import to_json
+
+        if self._json_to == _STDOUT:
+            typer.echo(to_json(record), nl=False)
+            return
+        try:
+            atomic_write_text(self._json_to, to_json(record))
+        except OSError as error:
+            reason = error.strerror or error
+            raise DebackdoorError(
+                f"{self._json_to} was not written: {reason}; check the folder and the disk"
+            ) from error
+
+
+def check_file(path: Path, inputs: Iterable[Path], overwrite: bool, protect: bool = False) -> None:
+    """Checks, before any work, that a file can be written to ``path``.
+
+    Args:
+        path: the file to be.
+        inputs: files that the work reads.
+        overwrite: whether an existing file may be replaced.
+        protect: whether ``inputs`` are kept even then.
+
+    Raises:
+        DebackdoorError: if it exists, is no file, or its folder does not exist or cannot be written to.
+    """
+    if path.exists() and not path.is_file():
+        raise DebackdoorError(f"{path}: expected a file to write, got a folder or device; give a file name")
+    same = [source for source in inputs if path.absolute() == source.absolute() or _is_same(path, source)]
+    if same and (protect or not overwrite):
+        hint = "give another file" if protect else "give another file, or --overwrite to replace it"
+        raise DebackdoorError(f"{path}: expected a file of its own to write, got that of another use; {hint}")
+    if os.path.lexists(path) and not overwrite:
+        raise DebackdoorError(f"{path} exists; give another file, or --overwrite to replace it")
+    # A link is written through, so it is the folder of its target that counts.
+    check_folder(Path(os.path.realpath(path)).parent)
+
+
+def check_folder(folder: Path) -> None:
+    """Checks that ``folder`` exists and can be written to.
+
+    Raises:
+        DebackdoorError: if not.
+    """
+    if not folder.is_dir():
+        raise DebackdoorError(f"{folder}: expected a folder to write to, got none; make it first")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise DebackdoorError(f"{folder}: expected a folder to write to, got one without permission; choose another")
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return path.exists() and other.exists() and path.samefile(other)

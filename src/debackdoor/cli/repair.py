@@ -1,0 +1,93 @@
+"""``debackdoor repair``: from an untrusted checkpoint to a repaired one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from debackdoor.cli import options
+from debackdoor.cli.output import Output, check_file
+from debackdoor.cli.status import BACKDOORED, OK, complain
+from debackdoor.cli.words import numbers_in_words
+
+if TYPE_CHECKING:
+    from debackdoor.types import RepairResult
+
+
+def repair(
+    checkpoint: options.Checkpoint,
+    arch: options.Arch,
+    clean: options.CleanData,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Where the repaired model goes: .safetensors, .pt, ...")],
+    budget: Annotated[
+        float, typer.Option(min=0, max=1, help="How far accuracy on clean images may fall, a fraction.")
+    ] = 0.02,
+    json_to: options.JsonTo = None,
+    overwrite: options.Overwrite = False,
+    num_classes: options.NumClasses = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    limit: options.Limit = 500,
+    seed: options.Seed = 0,
+    device: options.DeviceName = options.Device.AUTO,
+    precision: options.PrecisionName = options.Precision.AUTO,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> int:
+    """Remove the backdoor of a model.
+
+    A few clean images are all it takes.
+
+    Exits with 0 if the model was repaired and verified or nothing had to be repaired, and with 1 if the backdoor was
+    still there in the end; the file is written then, too.
+    """
+    output = Output(quiet, json_to)
+    check_file(out, [checkpoint], overwrite)
+    output.check_json([checkpoint, out])
+
+    from debackdoor.checkpoint import write_checkpoint
+    from debackdoor.data import load_clean
+    from debackdoor.models import open_model, state_dict_of
+    from debackdoor.repair import repair as repair_model
+    from debackdoor.report import header, repair_record
+    from debackdoor.runtime import resolve_device
+
+    resolve_device(device)
+    with output.stages() as stages:
+        stages.begin("load")
+        loaded = open_model(checkpoint, arch, num_classes, mean, std)
+        images = load_clean(clean, limit, seed)
+        stages.begin("repair")
+        result = repair_model(
+            loaded.model, images, budget, seed=seed, device=device, precision=precision, progress=stages
+        )
+    try:
+        write_checkpoint(out, state_dict_of(result.model), like=loaded.checkpoint, overwrite=overwrite)
+    finally:
+        # Also when writing fails: what was found is worth knowing.
+        _describe(output, result, len(images))
+    output.say(f"wrote {out}" + ("" if result.changed else f", a copy with the same tensors as {checkpoint}"))
+    head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
+    output.write_json(repair_record(head, result, clean_images=len(images), budget=budget))
+    return OK if is_fine(result) else BACKDOORED
+
+
+def is_fine(result: RepairResult) -> bool:
+    """Whether the model that came out was verified, or nothing had to be done to it."""
+    return result.verification.passed if result.verification is not None else not result.changed
+
+
+def _describe(output: Output, result: RepairResult, images: int) -> None:
+    """Says what was found and done; a backdoor that is left is said on stderr, even when quiet."""
+    for step in result.steps:
+        numbers = numbers_in_words(step.numbers)
+        output.say(f"{step.name}: {step.reason}" + (f" ({numbers})" if numbers else ""))
+    before, after = result.clean_accuracy["before"], result.clean_accuracy["after"]
+    output.say(f"clean accuracy {before:.1%} before, {after:.1%} after, on the part held out of {images} images")
+    if not result.changed:
+        output.say("no weight was changed")
+    if not is_fine(result):
+        message = result.verification.message if result.verification is not None else "the repair was not verified"
+        complain(f"warning: {message}; do not use the model")

@@ -1,0 +1,41 @@
+"""What several test files share."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from debackdoor.attacks import Attack, BackdooredModel, make_attack, train
+from debackdoor.data import load_dataset
+from debackdoor.types import CleanSet
+
+
+@dataclass(frozen=True)
+class DigitsVictim:
+    """A backdoored classifier of 16x16 digits, the defender's images, and the test set that only the tests see.
+
+    Attributes:
+        trained: the model, and how it was trained.
+        attack: its trigger.
+        clean: 500 images without triggers.
+        test: the 500 test images.
+    """
+
+    trained: BackdooredModel
+    attack: Attack
+    clean: CleanSet
+    test: CleanSet
+
+
+def train_digits_victim(arch: str, seed: int) -> DigitsVictim:
+    """A BadNets backdoor to label 3, on one digit in ten."""
+    data = load_dataset("digits", image_size=16)
+    attack = make_attack("badnets", data, target=3, seed=seed)
+    trained = train(attack, arch, data, epochs=10, batch_size=64, lr=0.1, seed=seed, flip=False, device="cpu")
+    clean = load_dataset("digits", limit=500, image_size=16)
+    return DigitsVictim(trained, attack, clean, load_dataset("digits", "test", image_size=16))
+
+
+@pytest.fixture(scope="session")
+def digits_victim() -> DigitsVictim:
+    """A narrow ResNet-18, trained once a session, in a few seconds."""
+    return train_digits_victim("resnet18-w8", seed=1)

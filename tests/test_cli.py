@@ -1,0 +1,479 @@
+"""The command line: exit codes, what goes to which stream, records, and files that are left alone."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import debackdoor
+from cli_cases import Shell
+from debackdoor.attacks import BadNets, save_trigger
+from debackdoor.cli import options
+from debackdoor.cli.progress import Stages
+from debackdoor.files import sha256_of
+from debackdoor.runtime import DEVICES, PRECISIONS
+from debackdoor.types import CleanSet, PlannedChannel, RepairResult, Step, Verification
+
+
+@pytest.fixture
+def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Shell:
+    return Shell(tmp_path, capsys)
+
+
+class StandIn:
+    """Takes the place of the repair: sets one weight to zero and returns a made-up result."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, Any] = {}
+        self.error: BaseException | None = None
+        self.passed = True
+        self.changed = True
+
+    def __call__(self, model: nn.Module, clean: CleanSet, budget: float = 0.02, **options: Any) -> RepairResult:
+        self.given = {"images": len(clean), "budget": budget, **options}
+        options["progress"]("unlearn", 1, 2, {"accuracy": 0.5})
+        options["progress"]("recover", 2, 2, {"accuracy": 0.75})
+        if self.error is not None:
+            raise self.error
+        if self.changed:
+            with torch.no_grad():
+                model.get_parameter("0.weight")[0] = 0
+        return RepairResult(
+            model=model,
+            plan=(PlannedChannel("1", 0, 0.25),) if self.changed else (),
+            clean_accuracy={"before": 0.9, "after": 0.875},
+            verification=Verification(self.passed, 3, {"ease_after": float("inf")}, "the check says this"),
+            history={},
+            steps=(Step("prune", "one channel is enough", {"channels": 1}),),
+            changed=self.changed,
+        )
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    made = StandIn()
+    monkeypatch.setattr(importlib.import_module("debackdoor.repair"), "repair", made)
+    return made
+
+
+def repair_of(shell: Shell, *more: object) -> list[object]:
+    return ["repair", shell.checkpoint(), "--arch", shell.arch, "--clean", "digits", *more]
+
+
+# What comes before any command.
+
+
+def test_version(shell: Shell) -> None:
+    ran = shell("--version")
+    assert (ran.code, ran.out, ran.err) == (0, f"debackdoor {debackdoor.__version__}\n", "")
+
+
+def test_help_names_every_command_and_no_more(shell: Shell) -> None:
+    ran = shell("--help")
+    assert ran.code == 0
+    commands = [line.split()[0] for line in ran.out.partition("Commands:\n")[2].splitlines()]
+    assert commands == ["repair", "evaluate", "attack", "demo"]
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from debackdoor.cli import main; main(['repair', '--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_entry_point() -> None:
+    command = [sys.executable, "-m", "debackdoor", "repair", "model.safetensors"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (4, "")
+    assert ran.stderr == "debackdoor: Missing option '--arch'; see debackdoor repair --help\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Usage: debackdoor"),
+        (("mend",), "No such command 'mend'"),
+        (("scan",), "No such command 'scan'"),
+        (("--loud",), "--loud"),
+        (("repair", "a", "--arch", "b", "--clean", "c"), "'--out'"),
+        (("repair", "a", "--arch", "b", "--clean", "c", "--out", "d", "--budget", "2"), "'--budget'"),
+        (("repair", "a", "--arch", "b", "--clean", "c", "--out", "d", "--budget", "-0.1"), "'--budget'"),
+        (("repair", "a", "--arch", "b", "--clean", "c", "--out", "d", "--budget", "nan"), "'--budget'"),
+        (("repair", "a", "--arch", "b", "--clean", "c", "--out", "d", "--limit", "0"), "'--limit'"),
+        (("repair", "a", "--arch", "b", "--clean", "c", "--out", "d", "--seed", "-1"), "'--seed'"),
+        (("repair", "a", "--arch", "b", "--clean", "c", "--out", "d", "--device", "tpu"), "'--device'"),
+        (("repair", "a", "--arch", "b", "--clean", "c", "--out", "d", "--mean", "0.5;0.5"), "0.49,0.48,0.45"),
+        (("evaluate", "a", "--arch", "b", "--test", "c"), "'--trigger'"),
+        (("attack", "nets", "--arch", "b", "--data", "c", "--test", "d", "--out", "e"), "badnets, blend, sig, wanet"),
+    ],
+)
+def test_usage_errors(shell: Shell, arguments: tuple[str, ...], message: str) -> None:
+    ran = shell(*arguments)
+    assert (ran.code, ran.out) == (4, "")
+    assert message in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_the_choices_are_those_of_the_library() -> None:
+    assert tuple(options.Device) == DEVICES
+    assert tuple(options.Precision) == PRECISIONS
+
+
+# repair
+
+
+def test_repair_writes_the_model_and_its_record(shell: Shell, stand_in: StandIn) -> None:
+    checkpoint, out, record_file = shell.checkpoint(), shell.folder / "out.safetensors", shell.folder / "out.json"
+    before = checkpoint.read_bytes()
+    more = ("--out", out, "--json", record_file, "--budget", 0.05, "--seed", 3, "--limit", 60, "--device", "cpu")
+    ran = shell(*repair_of(shell, *more))
+    assert ran.code == 0
+    assert ran.err == ""
+    assert "90.0% before, 87.5% after" in ran.out
+    assert "one channel is enough (channels 1)" in ran.out
+    assert f"wrote {out}\n" in ran.out
+    stages = stand_in.given.pop("progress")
+    assert stand_in.given == {"images": 60, "budget": 0.05, "seed": 3, "device": "cpu", "precision": "auto"}
+    assert checkpoint.read_bytes() == before
+
+    old, new = load_file(checkpoint), load_file(out)
+    assert {name: (value.shape, value.dtype) for name, value in new.items()} == {
+        name: (value.shape, value.dtype) for name, value in old.items()
+    }
+    assert [name for name in old if not torch.equal(old[name], new[name])] == ["0.weight"]
+
+    record = json.loads(record_file.read_text())
+    assert record.pop("seconds") == {stage: round(value, 3) for stage, value in stages.seconds.items()}
+    assert list(stages.seconds) == ["load", "unlearn", "recover"]
+    assert record == {
+        "schema": "debackdoor/repair/1",
+        "versions": record["versions"],
+        "checkpoint": str(checkpoint),
+        "sha256": sha256_of(checkpoint),
+        "arch": shell.arch,
+        "num_classes": 10,
+        "data": "digits",
+        "seed": 3,
+        "clean_images": 60,
+        "budget": 0.05,
+        "changed": True,
+        "clean_accuracy": {"before": 0.9, "after": 0.875},
+        "plan": [{"layer": "1", "index": 0, "score": 0.25}],
+        "steps": [{"name": "prune", "reason": "one channel is enough", "numbers": {"channels": 1}}],
+        "verification": {
+            "passed": True,
+            "label": 3,
+            "evidence": {"ease_after": None},  # JSON has no infinity
+            "message": "the check says this",
+        },
+    }
+    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["debackdoor"] == debackdoor.__version__
+
+
+def test_a_backdoor_that_is_left_is_exit_code_1(shell: Shell, stand_in: StandIn) -> None:
+    stand_in.passed = False
+    out, record = shell.folder / "out.pt", shell.folder / "out.json"
+    ran = shell(*repair_of(shell, "--out", out, "--json", record, "--quiet"))
+    assert (ran.code, ran.out) == (1, "")
+    assert ran.err == "debackdoor: warning: the check says this; do not use the model\n"
+    assert not torch.load(out, weights_only=True)["0.weight"][0].any()
+    assert json.loads(record.read_text())["verification"]["passed"] is False
+
+
+def test_a_model_left_as_it_is_comes_out_bit_for_bit(shell: Shell, stand_in: StandIn) -> None:
+    stand_in.changed = False
+    out = shell.folder / "out.safetensors"
+    ran = shell(*repair_of(shell, "--out", out))
+    assert ran.code == 0
+    assert "a copy with the same tensors" in ran.out
+    old, new = load_file(shell.checkpoint()), load_file(out)
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+
+
+def test_json_on_stdout_stands_alone(shell: Shell, stand_in: StandIn) -> None:
+    ran = shell(*repair_of(shell, "--out", shell.folder / "out.safetensors", "--json", "-"))
+    assert ran.code == 0
+    assert json.loads(ran.out)["schema"] == "debackdoor/repair/1"
+    assert "wrote" in ran.err
+
+
+def test_quiet_says_nothing(shell: Shell, stand_in: StandIn) -> None:
+    ran = shell(*repair_of(shell, "--out", shell.folder / "out.safetensors", "--quiet"))
+    assert (ran.code, ran.out, ran.err) == (0, "", "")
+
+
+def _existing(shell: Shell) -> list[object]:
+    (shell.folder / "old.safetensors").write_text("mine")
+    return ["--out", shell.folder / "old.safetensors"]
+
+
+def _input(shell: Shell) -> list[object]:
+    return ["--out", shell.folder / "model.safetensors"]
+
+
+def _input_by_another_name(shell: Shell) -> list[object]:
+    shell.checkpoint()
+    os.link(shell.folder / "model.safetensors", shell.folder / "same.safetensors")
+    return ["--out", shell.folder / "same.safetensors"]
+
+
+def _folder(shell: Shell) -> list[object]:
+    return ["--out", shell.folder, "--overwrite"]
+
+
+def _no_folder(shell: Shell) -> list[object]:
+    return ["--out", shell.folder / "nowhere" / "out.safetensors"]
+
+
+def _json_without_folder(shell: Shell) -> list[object]:
+    return ["--out", shell.folder / "out.safetensors", "--json", shell.folder / "nowhere" / "out.json"]
+
+
+def _json_over_input(shell: Shell) -> list[object]:
+    return ["--out", shell.folder / "out.safetensors", "--overwrite", "--json", shell.folder / "model.safetensors"]
+
+
+def _json_over_output(shell: Shell) -> list[object]:
+    return ["--out", shell.folder / "out.safetensors", "--json", shell.folder / "out.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        _existing,
+        _input,
+        _input_by_another_name,
+        _folder,
+        _no_folder,
+        _json_without_folder,
+        _json_over_input,
+        _json_over_output,
+    ],
+)
+def test_outputs_that_cannot_be_are_refused_before_the_work(
+    shell: Shell, stand_in: StandIn, outputs: Callable[[Shell], list[object]]
+) -> None:
+    arguments = repair_of(shell, *outputs(shell))
+    before = {path: path.read_bytes() for path in shell.files() if path.is_file()}
+    ran = shell(*arguments)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert stand_in.given == {}
+    assert {path: path.read_bytes() for path in shell.files() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("outputs", [_existing, _input])
+def test_overwrite(shell: Shell, stand_in: StandIn, outputs: Callable[[Shell], list[object]]) -> None:
+    out = outputs(shell)
+    assert shell(*repair_of(shell, *out, "--overwrite")).code == 0
+    assert not load_file(str(out[1]))["0.weight"][0].any()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "debackdoor: interrupted\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "No space left on device"),
+        (RuntimeError("mat1 and mat2\ncannot be multiplied"), 2, "unexpected RuntimeError: mat1 and mat2; --debug"),
+        (EOFError(), 2, "unexpected EOFError"),
+    ],
+)
+def test_errors_from_within(shell: Shell, stand_in: StandIn, error: BaseException, code: int, message: str) -> None:
+    stand_in.error = error
+    out = shell.folder / "out.safetensors"
+    ran = shell(*repair_of(shell, "--out", out))
+    assert (ran.code, ran.out) == (code, "")
+    assert ran.err.count("\n") == 1
+    assert message in ran.err
+    assert not out.exists()
+    assert "Traceback" in shell(*repair_of(shell, "--out", out, "--debug")).err
+
+
+def test_a_full_disk_is_one_sentence(shell: Shell, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    stand_in.passed = False
+    ran = shell(*repair_of(shell, "--out", shell.folder / "out.safetensors", "--quiet"))
+    assert ran.code == 2
+    warning, sentence = ran.err.splitlines()
+    assert "the check says this" in warning  # a later error hides no finding
+    assert "No space left on device" in sentence
+    assert not (shell.folder / "out.safetensors").exists()
+
+
+# attack, evaluate and demo
+
+
+def test_from_an_attack_to_a_repaired_model(shell: Shell) -> None:
+    """The real thing, small: train, measure, repair, measure."""
+    folder = shell.folder / "victim"
+    digits = ("--data", "digits", "--test", "digits")
+    trained = shell(
+        "attack", "badnets", "--arch", shell.arch, *digits, "--epochs", 6, "--poison-rate", 0.3, "--out", folder
+    )
+    assert trained.code == 0, trained
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["attack"], record["dataset"], record["epochs"], record["flip"]) == ("badnets", "digits", 6, False)
+    assert record["clean_accuracy"] > 0.8
+    assert f"clean accuracy {record['clean_accuracy']:.1%}" in trained.out
+
+    def measure(model: Path) -> dict[str, Any]:
+        ran = shell(
+            "evaluate", model, "--arch", shell.arch, "--test", "digits", "--trigger", folder / "trigger", "--json", "-"
+        )
+        assert ran.code == 0, ran
+        return json.loads(ran.out)
+
+    before = measure(folder / "model.safetensors")
+    assert (before["schema"], before["attack"]) == ("debackdoor/evaluate/1", "badnets")
+    assert before["sha256"] == record["sha256"] == sha256_of(folder / "model.safetensors")
+    for rate in ("clean_accuracy", "attack_success_rate", "robust_accuracy"):
+        assert before[rate] == record[rate]
+    assert (before["clean_images"], before["triggered_images"]) == (500, 450)
+    assert set(before["seconds"]) == {"load", "evaluate"}
+
+    repaired = folder / "repaired.safetensors"
+    model = ("repair", folder / "model.safetensors", "--arch", shell.arch, "--clean", "digits")
+    ran = shell(*model, "--out", repaired, "--limit", 100, "--json", folder / "repair.json")
+    assert ran.code in (0, 1), ran
+    written = json.loads((folder / "repair.json").read_text())
+    assert written["clean_images"] == 100
+    assert written["verification"]["passed"] is (ran.code == 0)
+    assert measure(repaired)["clean_accuracy"] > 0.7
+
+    again = shell("attack", "badnets", "--arch", shell.arch, *digits, "--out", folder)
+    assert again.code == 2
+    assert "--overwrite" in again.err
+
+
+def test_a_clean_model_has_no_trigger_and_no_success_rate(shell: Shell) -> None:
+    folder = shell.folder / "clean"
+    data = ("--data", "digits", "--test", "digits", "--limit", 200, "--epochs", 1)
+    ran = shell("attack", "clean", "--arch", shell.arch, *data, "--out", folder)
+    assert ran.code == 0, ran
+    assert "success" not in ran.out
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["attack"], record["attack_success_rate"]) == ("clean", None)
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "record.json"}
+
+
+def test_a_stopped_attack_goes_on(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shell.folder / "victim"
+    module = importlib.import_module("debackdoor.attacks.train")
+    epoch = module._one_epoch
+    data = ("--data", "digits", "--test", "digits", "--limit", 200, "--epochs", 3)
+    arguments = ("attack", "blend", "--arch", shell.arch, *data, "--out", folder)
+
+    def stop_in_the_last(state: Any, batches: Any, number: int, *more: Any) -> dict[str, float]:
+        if number == 2:
+            raise KeyboardInterrupt
+        return epoch(state, batches, number, *more)
+
+    monkeypatch.setattr(module, "_one_epoch", stop_in_the_last)
+    assert shell(*arguments).code == 130
+    monkeypatch.setattr(module, "_one_epoch", epoch)
+    assert shell(*arguments).code == 0
+    assert len(json.loads((folder / "record.json").read_text())["history"]) == 3
+    assert not (folder / "training.pt").exists()
+
+
+def test_a_closed_pipe_loses_no_result(shell: Shell) -> None:
+    """Prints to a pipe that nobody reads, as ``| true`` makes it: the record is written all the same."""
+    folder, record = shell.folder, shell.folder / "record.json"
+    save_trigger(BadNets(), folder / "trigger")
+    arguments = ["--arch", shell.arch, "--test", "digits", "--trigger", folder / "trigger", "--json", record]
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "debackdoor", "evaluate", shell.checkpoint(), *arguments]
+    ran = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert record.exists()
+
+
+@pytest.mark.slow
+def test_demo(shell: Shell) -> None:
+    ran = shell("demo", "--out", shell.folder / "demo")
+    assert ran.code == 0, ran
+    before, after = (json.loads((shell.folder / "demo" / f"{name}.json").read_text()) for name in ("before", "after"))
+    assert before["attack_success_rate"] > 0.9
+    assert after["attack_success_rate"] < 0.1
+    assert after["clean_accuracy"] > before["clean_accuracy"] - 0.05
+    first, second = ran.out.splitlines()[-2:]
+    assert first.split() == [
+        "before",
+        "repair",
+        f"{before['clean_accuracy']:.1%}",
+        f"{before['attack_success_rate']:.1%}",
+    ]
+    assert second.split() == [
+        "after",
+        "repair",
+        f"{after['clean_accuracy']:.1%}",
+        f"{after['attack_success_rate']:.1%}",
+    ]
+
+
+# Progress.
+
+
+class Clock:
+    """A clock that tests wind."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("debackdoor.cli.progress.time.perf_counter", lambda: self.now)
+
+
+def test_seconds_belong_to_the_stage_that_took_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    with Stages(show=False) as stages:
+        stages.begin("load")
+        clock.now += 2
+        stages("unlearn", 0, 10, {})  # begins: what came before was loading
+        clock.now += 3
+        stages("unlearn", 10, 10, {})
+        clock.now += 5
+        stages("recover", 1, 4, {})  # has done something: what came before was recovering
+        clock.now += 7
+    assert stages.seconds == {"load": 2, "unlearn": 3, "recover": 12}
+
+
+def test_lines_come_now_and_then_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    with Stages() as stages:
+        for done in range(1, 23):
+            clock.now += 1
+            stages("train", done, 40, {"loss": 0.123456})
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 10 of 40, about 30 s left, loss 0.1235",
+        "train: 20 of 40, about 20 s left, loss 0.1235",
+    ]
+
+
+def test_a_bar_where_there_is_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with Stages() as stages:
+        stages.begin("load")
+        stages("train", 3, 4, {"loss": 0.5})
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "train" in err
+    assert "loss 0.5" in err

@@ -1,0 +1,80 @@
+"""Device, precision and random generators."""
+
+import pytest
+import torch
+
+from debackdoor.errors import DebackdoorError
+from debackdoor.runtime import autocast, generator, has_fast_bf16, resolve_device, shuffled_batches
+
+CPU = torch.device("cpu")
+
+
+def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device() == CPU
+    assert resolve_device("cpu") == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert resolve_device("auto") == torch.device("cuda")
+    assert resolve_device("cuda") == torch.device("cuda")
+    assert resolve_device("cpu") == CPU
+
+
+def test_what_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(DebackdoorError, match="none on this machine; use --device cpu"):
+        resolve_device("cuda")
+    with pytest.raises(DebackdoorError, match="auto, cpu, cuda, got 'tpu'"):
+        resolve_device("tpu")
+    with pytest.raises(DebackdoorError, match="auto, fp32, bf16, got 'fp8'"):
+        autocast(CPU, "fp8")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_precision_decides_the_dtype_of_a_product(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("debackdoor.runtime.has_fast_bf16", lambda device: fast)
+    x = torch.ones(2, 2)
+    found = {}
+    for precision in ("fp32", "bf16", "auto"):
+        with autocast(CPU, precision):
+            found[precision] = (x @ x).dtype
+    assert (x @ x).dtype == torch.float32
+    assert found == {
+        "fp32": torch.float32,
+        "bf16": torch.bfloat16,
+        "auto": torch.bfloat16 if fast else torch.float32,
+    }
+
+
+def test_no_backend_no_fast_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(has_fast_bf16(CPU), bool)
+    assert has_fast_bf16(torch.device("meta")) is False
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert has_fast_bf16(CPU) is False
+
+
+def test_generators_are_their_own() -> None:
+    state = torch.get_rng_state()
+    one, two = (torch.rand(3, generator=generator(seed)) for seed in (5, 5))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, torch.rand(3, generator=generator(6)))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(8, [4, 4]), (10, [4, 4, 2]), (9, [4, 4]), (5, [4]), (3, [3]), (1, [1]), (4, [4])]
+)
+def test_batches_hold_every_sample_once_but_for_a_single_last_one(count: int, sizes: list[int]) -> None:
+    random = generator(0)
+    batches = shuffled_batches(count, 4, random)
+    assert [len(batch) for batch in batches] == sizes
+    seen = torch.cat(batches).tolist()
+    assert len(set(seen)) == len(seen) == sum(sizes)
+    assert set(seen) <= set(range(count))
+    assert all(batch.dtype == torch.int64 for batch in batches)
+
+
+def test_every_pass_has_an_order_of_its_own() -> None:
+    random = generator(0)
+    first, second = (torch.cat(shuffled_batches(50, 10, random)) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, torch.cat(shuffled_batches(50, 10, generator(0))))
