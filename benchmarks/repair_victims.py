@@ -1,4 +1,4 @@
-"""Repairs victims that `debackdoor attack` made, once a seed, and writes a run record of each repair and a table of all.
+"""Repairs victims that `debackdoor attack` made, once a seed; writes a run record of each repair and a table of all.
 
     python benchmarks/repair_victims.py run VICTIM... --data cifar10 --out benchmarks/results/repair-slim
     python benchmarks/repair_victims.py table benchmarks/results/repair-slim
@@ -9,7 +9,6 @@ The repair gets the model and the clean images alone; the trigger is used once, 
 from __future__ import annotations
 
 import json
-import platform
 import resource
 import statistics
 import subprocess
@@ -29,6 +28,7 @@ from debackdoor.evaluation import Evaluation, defence_effectiveness, evaluate
 from debackdoor.evaluation import accuracy as clean_accuracy_of
 from debackdoor.files import atomic_write_text
 from debackdoor.models import open_model
+from debackdoor.runtime import versions
 from debackdoor.types import CleanSet
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
@@ -87,7 +87,7 @@ def measure(victim: Path, clean: CleanSet, test: CleanSet, seed: int) -> dict[st
         "steps": [asdict(step) for step in result.steps],
         "verification": None if result.verification is None else asdict(result.verification),
         "sha256": loaded.checkpoint.sha256,
-        "versions": {"debackdoor": db.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "versions": versions(),
         "threads": torch.get_num_threads(),
         "commit": _commit(),
         "error": None,
@@ -101,8 +101,8 @@ def _rates(model: torch.nn.Module, test: CleanSet, victim: Path) -> Evaluation:
 
 
 def _commit() -> str:
-    here = Path(__file__).parent
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
 
 
 @app.command()

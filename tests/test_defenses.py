@@ -18,7 +18,7 @@ from debackdoor.types import Plan, RepairResult
 from rnp_cases import quadrant_set, quadrants
 
 QUICK = {
-    "unlearning": UnlearnSettings(lr=0.02, max_passes=4, batch_size=20),
+    "unlearning": UnlearnSettings(lr=0.02, least_steps=1, max_passes=4, batch_size=20),
     "recovery": RecoverSettings(passes=4, batch_size=20),
     "precision": "fp32",
 }
@@ -61,7 +61,7 @@ def test_the_published_settings() -> None:
     assert (published.threshold, published.seed, published.precision) == (0.3, 5, "fp32")
     assert published.unlearning == UnlearnSettings(
         lr=0.01, momentum=0.9, weight_decay=5e-4, clip=None, stop_accuracy=0.2, past_peak=None, check_every=None,
-        largest_fall=1.0, max_passes=21, batch_size=128, shift=0.125, decay_at=(10, 20),
+        largest_fall=1.0, max_passes=21, least_steps=1, batch_size=128, shift=0.125, decay_at=(10, 20),
     )  # fmt: skip
     recovery = RecoverSettings(lr=0.2, momentum=0.9, weight=0.2, passes=20, batch_size=128, shift=0.125)
     assert published.recovery == recovery

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from channel_cases import assert_as_found, snapshot
+from debackdoor.data.augment import random_shift
+from debackdoor.models.forward import label_shares
 from debackdoor.models.resnet import resnet18
-from debackdoor.rnp.batches import label_shares, random_shift
 from debackdoor.rnp.unlearn import Unlearned, UnlearnSettings, unlearn
 from debackdoor.runtime import generator
 from debackdoor.types import CleanSet
@@ -24,7 +25,7 @@ WRONG = [3, 3, 2, 2, 1, 1, 0, 0]  # accuracy 0, evenly spread
 # One check a step, and one step a stage of Dial.
 DIAL = UnlearnSettings(
     lr=1.0, momentum=0.0, weight_decay=0.0, clip=0.1, stop_accuracy=0.2, past_peak=None, check_every=1,
-    largest_fall=1.0, max_passes=40, batch_size=8, shift=0,
+    largest_fall=1.0, max_passes=40, least_steps=1, batch_size=8, shift=0,
 )  # fmt: skip
 
 
@@ -193,7 +194,9 @@ def gradient_norms(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_gradients_are_clipped_after_backward(gradient_norms: list[float]) -> None:
-    settings = UnlearnSettings(lr=0.05, clip=0.02, check_every=1, largest_fall=1.0, past_peak=None, max_passes=4)
+    settings = UnlearnSettings(
+        lr=0.05, clip=0.02, check_every=1, largest_fall=1.0, past_peak=None, least_steps=1, max_passes=4
+    )
     unlearn(quadrants(), quadrant_set(), settings, precision="fp32")
     clipped = list(gradient_norms)
     gradient_norms.clear()
@@ -221,7 +224,9 @@ def test_the_callers_model_is_left_alone_and_the_seed_decides() -> None:
     model.layer1.eval()
     model.conv1.weight.requires_grad_(False)
     clean, before = quadrant_set(40), snapshot(model)
-    settings = UnlearnSettings(lr=0.05, batch_size=16, max_passes=4, check_every=2, stop_accuracy=0.0, past_peak=None)
+    settings = UnlearnSettings(
+        lr=0.05, batch_size=16, least_steps=1, max_passes=4, check_every=2, stop_accuracy=0.0, past_peak=None
+    )
     one, two, other = (unlearn(model, clean, settings, seed=seed) for seed in (3, 3, 4))
     assert_as_found(model, before)
     assert one.history == two.history
@@ -245,7 +250,14 @@ def test_the_callers_model_is_left_alone_after_an_error() -> None:
 
 def test_a_trained_classifier_forgets() -> None:
     settings = UnlearnSettings(
-        lr=0.02, max_passes=200, check_every=4, batch_size=20, past_peak=None, stop_accuracy=0.3, largest_fall=0.3
+        lr=0.02,
+        least_steps=1,
+        max_passes=200,
+        check_every=4,
+        batch_size=20,
+        past_peak=None,
+        stop_accuracy=0.3,
+        largest_fall=0.3,
     )
     found = unlearn(quadrants(), quadrant_set(), settings, precision="fp32")
     accuracies = column(found, "accuracy")

@@ -25,3 +25,14 @@ class TriggerError(DebackdoorError, ValueError):
 
 class MissingDependencyError(DebackdoorError, ImportError):
     """An optional library is not installed or does not import."""
+
+
+def check_positive(**settings: float | None) -> None:
+    """Checks hyper-parameters by name; None stands for one that is switched off.
+
+    Raises:
+        DebackdoorError: if one is not above 0.
+    """
+    for name, value in settings.items():
+        if value is not None and not value > 0:
+            raise DebackdoorError(f"expected {name} above 0, got {value}; correct it")

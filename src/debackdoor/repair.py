@@ -17,12 +17,13 @@ from debackdoor.defenses.rnp import RNP
 from debackdoor.detectors.comparison import TriggerComparison, TriggerSizes
 from debackdoor.detectors.label import PileUp, largest_pile_up
 from debackdoor.errors import DebackdoorError, ModelError
-from debackdoor.rnp.batches import accuracy, predict
+from debackdoor.models.forward import accuracy, predict
+from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.runtime import resolve_device
 from debackdoor.types import CleanSet, Progress, RepairResult, Step, Verification
 
-EXPOSED_SHARE = 0.5
-"""The share of answers on one label from which a backdoor counts as exposed."""
+EXPOSED_SHARE = 0.4
+"""How far above chance (1 / K) the share of answers on one label must be for a backdoor to count as exposed."""
 
 EASY = 2.0
 """A label whose smallest trigger is this many times smaller than the others' median is easy to reach."""
@@ -53,6 +54,8 @@ def repair(
         DataError: if the clean set is too small, holds one class only, or has labels the model does not know.
         ModelError: if the model's answers do not depend on the image, or are no better than chance.
     """
+    if seed < 0:
+        raise DebackdoorError(f"expected a seed of at least 0, got {seed}; correct it")
     place, home = resolve_device(device), _device_of(model)
     suspect, clean = copy.deepcopy(model).to(place).eval(), clean.to(place)
     check_works(suspect, clean, precision)
@@ -62,12 +65,13 @@ def repair(
     pile_up = largest_pile_up(exposure.unlearned.history)
     search = TriggerComparison(pile_up.label, fit, holdout, seed, precision, progress)
     before = search(suspect)
-    exposed = pile_up.share >= EXPOSED_SHARE or before.ease >= EASY
+    chance = 1 / len(exposure.unlearned.label_shares)
+    exposed = pile_up.share >= chance + EXPOSED_SHARE or before.ease >= EASY
     plan = method.choose(suspect, exposure, holdout) if exposed else ()
     result = method.remove(suspect, exposure, plan, holdout)
     after = search(result.model) if plan else before
-    verification = _judge(exposed, pile_up, before, after)
-    steps = (*result.steps, Step("verify", verification.message, verification.evidence))
+    verification = _judge(exposed, exposure.unlearned, pile_up, before, after)
+    steps = (*result.steps, Step("verify", verification.message))
     return replace(result, model=result.model.to(home), verification=verification, steps=steps)
 
 
@@ -102,7 +106,9 @@ def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> N
         )
 
 
-def _judge(exposed: bool, pile_up: PileUp, before: TriggerSizes, after: TriggerSizes) -> Verification:
+def _judge(
+    exposed: bool, unlearned: Unlearned, pile_up: PileUp, before: TriggerSizes, after: TriggerSizes
+) -> Verification:
     """Whether a trigger to the exposed label is as hard to find as to the other labels."""
     evidence = {"exposed_share": pile_up.share}
     for when, sizes in (("before", before), ("after", after)):
@@ -113,6 +119,12 @@ def _judge(exposed: bool, pile_up: PileUp, before: TriggerSizes, after: TriggerS
         }
     where = f"label {pile_up.label}: {pile_up.share:.0%} of the answers gather on it while the clean task is forgotten"
     if not exposed:
+        if unlearned.reason in ("steps", "stuck"):
+            message = (
+                f"inconclusive: the clean task was not unlearned (accuracy {unlearned.accuracy:.0%}), so nothing could "
+                "be exposed; give more clean images"
+            )
+            return Verification(False, None, evidence, message, conclusive=False)
         effort = f"a trigger to it takes {before.pixels:.0f} pixels, to other labels {before.other_pixels:.0f}"
         return Verification(True, None, evidence, f"nothing is exposed; {where}, {effort}; the model is left as it is")
     passed = after.ease < EASY

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import platform
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from debackdoor import __version__
 from debackdoor.errors import DebackdoorError
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers of a run."""
+    return {"debackdoor": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
 def resolve_device(name: str = "auto") -> torch.device:

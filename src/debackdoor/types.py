@@ -109,12 +109,14 @@ class Verification:
         label: the label that was checked, or None where nothing was exposed.
         evidence: the numbers behind it, before and after the repair.
         message: one sentence for a person.
+        conclusive: whether the check could tell; False where the clean task could not be unlearned.
     """
 
     passed: bool
     label: int | None
     evidence: Mapping[str, float]
     message: str
+    conclusive: bool = True
 
 
 @dataclass(frozen=True)

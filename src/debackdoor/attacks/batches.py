@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from debackdoor.attacks.base import Attack
-from debackdoor.rnp.batches import random_shift
+from debackdoor.data.augment import random_shift
 from debackdoor.runtime import generator, shuffled_batches
 from debackdoor.types import CleanSet
 

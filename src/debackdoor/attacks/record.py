@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import platform
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from debackdoor import __version__
 from debackdoor.attacks.resume import remove_state
 from debackdoor.attacks.train import BackdooredModel
 from debackdoor.attacks.trigger_io import describe, save_trigger
@@ -19,6 +16,7 @@ from debackdoor.checkpoint import write_checkpoint
 from debackdoor.errors import DebackdoorError
 from debackdoor.files import atomic_write_text, sha256_of
 from debackdoor.models import state_dict_of
+from debackdoor.runtime import versions
 
 SCHEMA = "debackdoor/attack/1"
 
@@ -43,6 +41,7 @@ def write_victim(victim: BackdooredModel, out: str | Path, rates: Mapping[str, A
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_checkpoint(out / "model.safetensors", state_dict_of(victim.model), overwrite=True)
+        shutil.rmtree(out / "trigger", ignore_errors=True)
         if victim.attack is not None:
             save_trigger(victim.attack, out / "trigger")
         record = {
@@ -54,11 +53,7 @@ def write_victim(victim: BackdooredModel, out: str | Path, rates: Mapping[str, A
             "seconds": victim.seconds,
             "history": victim.history,
             "sha256": sha256_of(out / "model.safetensors"),
-            "versions": {
-                "debackdoor": __version__,
-                "torch": str(torch.__version__),
-                "python": platform.python_version(),
-            },
+            "versions": versions(),
         }
         atomic_write_text(out / "record.json", json.dumps(record, indent=2) + "\n")
         remove_state(out)

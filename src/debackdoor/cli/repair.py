@@ -9,7 +9,7 @@ import typer
 
 from debackdoor.cli import options
 from debackdoor.cli.output import Output, check_file
-from debackdoor.cli.status import BACKDOORED, OK, complain
+from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
 from debackdoor.cli.words import numbers_in_words
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ def repair(
 
     A few clean images are all it takes.
 
-    Exits with 0 if the model was repaired and verified or nothing had to be repaired, and with 1 if the backdoor was
-    still there in the end; the file is written then, too.
+    Exits with 0 if the model was repaired and verified or nothing had to be repaired, with 1 if the backdoor was still
+    there in the end, and with 3 if nothing could be told; the file is written then, too.
     """
     output = Output(quiet, json_to)
     check_file(out, [checkpoint], overwrite)
@@ -71,12 +71,14 @@ def repair(
     output.say(f"wrote {out}" + ("" if result.changed else f", a copy with the same tensors as {checkpoint}"))
     head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
     output.write_json(repair_record(head, result, clean_images=len(images), budget=budget))
-    return OK if is_fine(result) else BACKDOORED
+    return _status(result)
 
 
-def is_fine(result: RepairResult) -> bool:
-    """Whether the model that came out was verified, or nothing had to be done to it."""
-    return result.verification.passed if result.verification is not None else not result.changed
+def _status(result: RepairResult) -> int:
+    if result.verification is not None and not result.verification.conclusive:
+        return INCONCLUSIVE
+    fine = result.verification.passed if result.verification is not None else not result.changed
+    return OK if fine else BACKDOORED
 
 
 def _describe(output: Output, result: RepairResult, images: int) -> None:
@@ -88,6 +90,6 @@ def _describe(output: Output, result: RepairResult, images: int) -> None:
     output.say(f"clean accuracy {before:.1%} before, {after:.1%} after, on the part held out of {images} images")
     if not result.changed:
         output.say("no weight was changed")
-    if not is_fine(result):
+    if _status(result) != OK:
         message = result.verification.message if result.verification is not None else "the repair was not verified"
         complain(f"warning: {message}; do not use the model")

@@ -14,6 +14,7 @@ from debackdoor.errors import DebackdoorError
 OK = 0
 BACKDOORED = 1
 ERROR = 2
+INCONCLUSIVE = 3
 USAGE = 4
 INTERRUPTED = 130
 

@@ -17,7 +17,7 @@ from debackdoor.channels import MaskableLayer, find_channels, masked_call
 from debackdoor.data import split_clean
 from debackdoor.defenses.base import Defense
 from debackdoor.errors import DebackdoorError
-from debackdoor.rnp.batches import accuracy, predict
+from debackdoor.models.forward import accuracy, predict
 from debackdoor.rnp.prune import Cost, below, plan_mask, prune, rank, spared
 from debackdoor.rnp.recover import Recovered, RecoverSettings, recover
 from debackdoor.rnp.unlearn import Unlearned, UnlearnSettings, unlearn
@@ -76,10 +76,12 @@ class RNP(Defense):
             lr=0.01,
             weight_decay=5e-4,
             clip=None,
+            stop_accuracy=0.2,
             past_peak=None,
             check_every=None,
             largest_fall=1.0,
             max_passes=21,
+            least_steps=1,
             decay_at=(10, 20),
         )
         return cls(threshold=threshold, unlearning=unlearning, seed=seed, precision=precision)

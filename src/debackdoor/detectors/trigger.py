@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debackdoor.models.forward import logits_of
-from debackdoor.rnp.batches import predict
+from debackdoor.models.forward import logits_of, predict
 from debackdoor.runtime import autocast, generator
 from debackdoor.types import CleanSet, Progress
 

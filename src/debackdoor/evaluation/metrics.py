@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from debackdoor.attacks import Attack
 from debackdoor.attacks.base import ALL_TO_ONE
 from debackdoor.errors import DataError
-from debackdoor.rnp.batches import predict
+from debackdoor.models.forward import predict
 from debackdoor.types import CleanSet
 
 SCHEMA = "debackdoor/evaluate/1"

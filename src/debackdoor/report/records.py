@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
-
-from debackdoor import __version__
 from debackdoor.evaluation import Evaluation
 from debackdoor.models import LoadedModel
+from debackdoor.runtime import versions
 from debackdoor.types import RepairResult
 
 REPAIR_SCHEMA = "debackdoor/repair/1"
@@ -37,15 +34,6 @@ def header(loaded: LoadedModel, *, data: str, seed: int, seconds: Mapping[str, f
         "data": data,
         "seed": seed,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides the numbers of a run."""
-    return {
-        "debackdoor": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
     }
 
 

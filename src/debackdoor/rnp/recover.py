@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debackdoor.channels import MaskableLayer, count_channels, masked_call
-from debackdoor.rnp.batches import accuracy, normalisation_in_train_mode, random_shift
+from debackdoor.data.augment import random_shift
+from debackdoor.errors import check_positive
+from debackdoor.models.forward import accuracy
+from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.runtime import autocast, generator, shuffled_batches
 from debackdoor.types import CleanSet, Progress
 
@@ -39,6 +42,9 @@ class RecoverSettings:
     passes: int = 20
     batch_size: int = 128
     shift: float = 0.125
+
+    def __post_init__(self) -> None:
+        check_positive(lr=self.lr, weight=self.weight, passes=self.passes, batch_size=self.batch_size)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debackdoor.models.forward import logits_of
-from debackdoor.rnp.batches import accuracy, label_shares, normalisation_in_train_mode, predict, random_shift
+from debackdoor.data.augment import random_shift
+from debackdoor.errors import check_positive
+from debackdoor.models.forward import accuracy, label_shares, logits_of, predict
+from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.runtime import autocast, generator, shuffled_batches
 from debackdoor.types import CleanSet, Progress
 
@@ -50,12 +52,13 @@ class UnlearnSettings:
         momentum: of SGD.
         weight_decay: of SGD.
         clip: largest gradient norm, applied after backward; None clips nothing.
-        stop_accuracy: unlearning ends at this accuracy on the fit part.
+        stop_accuracy: unlearning ends at this accuracy on the fit part; None is a tenth above chance, 1 / K.
         past_peak: unlearning ends when the largest label share has fallen this far below its peak, with the model as
             it was at the peak; None goes on.
         check_every: steps between two checks; None checks once a pass.
         largest_fall: how far accuracy may fall between two checks before the steps are taken back; 1 never takes back.
-        max_passes: passes over the fit part at most.
+        max_passes: passes over the fit part at most,
+        least_steps: unless they are fewer steps than this: a small fit part needs as many steps as a large one.
         batch_size: images a step.
         shift: largest random shift, a fraction of the image's width.
         decay_at: passes after which the step size is divided by ten.
@@ -65,14 +68,19 @@ class UnlearnSettings:
     momentum: float = 0.9
     weight_decay: float = 0.0
     clip: float | None = 20.0
-    stop_accuracy: float = 0.2
+    stop_accuracy: float | None = None
     past_peak: float | None = 0.1
     check_every: int | None = 2
     largest_fall: float = 0.3
     max_passes: int = 60
+    least_steps: int = 240
     batch_size: int = 128
     shift: float = 0.125
     decay_at: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_positive(lr=self.lr, max_passes=self.max_passes, batch_size=self.batch_size, clip=self.clip)
+        check_positive(check_every=self.check_every)
 
 
 def unlearn(
@@ -90,7 +98,7 @@ def unlearn(
     model that has lost the backdoor too. The caller's model is not changed.
     """
     climb = _Climb(model, fit, settings, seed, precision)
-    limit = settings.max_passes * climb.steps_a_pass
+    limit = max(settings.max_passes * climb.steps_a_pass, settings.least_steps)
     reason = None
     while reason is None:
         climb.advance(settings.check_every or climb.steps_a_pass)
@@ -192,7 +200,8 @@ class _Climb:
 
     def reason_to_stop(self, limit: int) -> str | None:
         s = self.settings
-        if self.now.accuracy <= s.stop_accuracy:
+        stop = 1 / len(self.now.shares) + 0.1 if s.stop_accuracy is None else s.stop_accuracy
+        if self.now.accuracy <= stop:
             return "forgotten"
         if s.past_peak is not None and max(self.now.shares) < max(self.peak.shares) - s.past_peak:
             return "piled up"

@@ -1,0 +1,14 @@
+"""The mode in which RNP learns."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+
+def normalisation_in_train_mode(model: nn.Module) -> None:
+    """Eval mode everywhere (no dropout) but for the normalisation layers, which use and update batch statistics."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            module.train()

@@ -1,0 +1,298 @@
+"""Repair from a model and a clean set: bad input, what stays as it was, and that the backdoor goes."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import debackdoor as db
+from channel_cases import assert_as_found, snapshot
+from conftest import DigitsVictim, train_digits_victim
+from debackdoor.defenses import RNP
+from debackdoor.detectors.label import PileUp
+from debackdoor.detectors.trigger import RecoveredTrigger
+from debackdoor.errors import DataError, DebackdoorError, ModelError
+from debackdoor.evaluation import evaluate
+from debackdoor.models import Normalized
+from debackdoor.types import CleanSet, RepairResult
+from rnp_cases import NAN, Dial, quadrant_set, quadrants
+
+# Not ``import debackdoor.repair as ...``, which is the function.
+REPAIR = import_module("debackdoor.repair")
+STAGES = import_module("debackdoor.defenses.rnp")
+COMPARISON = import_module("debackdoor.detectors.comparison")
+
+
+def relabelled(y: Tensor) -> CleanSet:
+    return CleanSet(quadrant_set(len(y)).x, y)
+
+
+def with_head(change: Callable[[nn.Linear], None]) -> nn.Module:
+    model = quadrants()
+    with torch.no_grad():
+        change(model[5])
+    return model
+
+
+class Raises(nn.Module):
+    """A network with its own check of the image size."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.weight, self.error = nn.Parameter(torch.zeros(1)), error
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise self.error
+
+
+def dial_images() -> CleanSet:
+    return CleanSet((torch.arange(24) % 8 / 100).view(24, 1, 1, 1), torch.arange(24) % 8 // 2)
+
+
+def linear_quadrants() -> nn.Module:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4, 4, bias=False))
+    model[2].weight.data = torch.eye(4)
+    return model
+
+
+BAD: dict[str, tuple[Callable[[], nn.Module], Callable[[], CleanSet], type[Exception], str]] = {
+    "constant outputs": (
+        lambda: with_head(lambda head: head.weight.zero_()), quadrant_set, ModelError, "depend on the image, got the"
+    ),
+    "NaN outputs": (lambda: Dial([[NAN] * 8]), dial_images, ModelError, "finite outputs.*got NaN"),
+    "NaN for some images": (
+        lambda: Dial([[0, 0, 1, 1, 2, NAN, 3, 3]]), dial_images, ModelError, "finite outputs"
+    ),
+    "chance": (
+        quadrants, lambda: relabelled(torch.arange(80) // 4 % 4), ModelError,
+        "accuracy 25.0%, no better than chance; .*normalised images \\(--mean and --std\\)",
+    ),
+    "labels in another order": (quadrants, lambda: relabelled((torch.arange(80) + 1) % 4), ModelError, "accuracy 0.0%"),
+    "the larger class is no skill": (
+        lambda: with_head(lambda head: head.bias.copy_(torch.tensor([9.0, 0, 0, 0]))),
+        lambda: relabelled((torch.arange(80) > 70).long()), ModelError, "no better than chance",
+    ),
+    "one class": (quadrants, lambda: relabelled(torch.ones(80).long()), DataError, "at least 2 classes, got only"),
+    "too few": (quadrants, lambda: quadrant_set(19), DataError, "at least 20 clean images, got 19"),
+    "labels out of range": (
+        quadrants, lambda: relabelled(torch.arange(80) % 5), DataError, "labels of 0 to 3 .* got 4 for image 4"
+    ),
+    "wrong channels": (
+        quadrants, lambda: CleanSet(torch.zeros(80, 3, 8, 8), torch.arange(80) % 4), ModelError,
+        r"images of shape \(3, 8, 8\), got .*check --arch and the image size",
+    ),
+    "wrong size": (
+        lambda: nn.Sequential(nn.Flatten(), nn.Linear(49, 4)), quadrant_set, ModelError, r"images of shape \(1, 8, 8\)"
+    ),
+    "a network that checks the size itself": (
+        lambda: Raises(ValueError("Input image size (8*8) doesn't match model (224*224).")), quadrant_set, ModelError,
+        r"images of shape \(1, 8, 8\), got .*224\*224",
+    ),
+    "a network that asserts the size": (
+        lambda: Raises(AssertionError()), quadrant_set, ModelError, r"images of shape \(1, 8, 8\)"
+    ),
+    "normalisation for other channels": (
+        lambda: Normalized(quadrants(), [0.5] * 3, [0.2] * 3), quadrant_set, ModelError, "images of 3 channels"
+    ),
+    "no logits": (lambda: nn.Conv2d(1, 4, 3), quadrant_set, ModelError, r"logits of shape \(N, classes\)"),
+    "nothing to mask": (linear_quadrants, quadrant_set, ModelError, "a linear classifier alone"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_in_one_sentence(case: str) -> None:
+    model_of, clean_of, error, message = BAD[case]
+    model = model_of().train()
+    before = snapshot(model)
+    with pytest.raises(error, match=message) as caught:
+        db.repair(model, clean_of(), device="cpu", precision="fp32")
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, DebackdoorError)
+    assert_as_found(model, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget": -0.1}, "budget from 0 to 1"),
+        ({"budget": 2.0}, "budget from 0 to 1"),
+        ({"budget": float("nan")}, "budget from 0 to 1"),
+        ({"device": "tpu"}, "auto, cpu, cuda"),
+        ({"precision": "fp8"}, "auto, fp32, bf16"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DebackdoorError, match=message):
+        db.repair(quadrants(), quadrant_set(), **arguments)
+
+
+def lived_in() -> nn.Module:
+    """A model with a history: mixed modes, a frozen weight, a gradient, moved statistics."""
+    model = quadrants().train()
+    model(torch.full((3, 1, 8, 8), 0.2))
+    model[2].eval()
+    model[0].weight.requires_grad_(False)
+    model[5].bias.grad = torch.ones(4)
+    return model
+
+
+@pytest.fixture
+def exposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever unlearning finds, label 1 counts as exposed."""
+    monkeypatch.setattr(REPAIR, "largest_pile_up", lambda history: PileUp(1, 1.0))
+
+
+@pytest.fixture
+def not_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No label stands out, neither while the clean task is forgotten nor by its trigger."""
+
+    def equal(model: nn.Module, fit: CleanSet, holdout: CleanSet, labels: list[int], *_: object, **__: object) -> list:
+        return [RecoveredTrigger(label, torch.ones(1, 8, 8), torch.ones(1, 8, 8), 1.0, 64.0) for label in labels]
+
+    monkeypatch.setattr(REPAIR, "largest_pile_up", lambda history: PileUp(1, 0.0))
+    monkeypatch.setattr(COMPARISON, "search_triggers", equal)
+
+
+@pytest.mark.usefixtures("exposed")
+def test_the_callers_model_is_left_alone_and_the_seed_decides() -> None:
+    model, clean = lived_in(), quadrant_set()
+    x, y = clean.x.clone(), clean.y.clone()
+    before = snapshot(model)
+    heard: list[str] = []
+    one = db.repair(model, clean, budget=0.3, seed=2, progress=lambda stage, *_: heard.append(stage))
+    assert_as_found(model, before)  # torch's random state included
+    assert torch.equal(clean.x, x)
+    assert torch.equal(clean.y, y)
+    torch.manual_seed(99)  # the surroundings must not matter
+    two = db.repair(lived_in(), clean, budget=0.3, seed=2)
+    assert one.plan == two.plan
+    assert one.history == two.history
+    assert one.verification == two.verification
+    weights, again = one.model.state_dict(), two.model.state_dict()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert {"unlearn", "recover"} <= set(heard)
+    assert list(dict.fromkeys(heard))[:2] == ["unlearn", "recover"]
+    assert not one.model.training
+    assert one.clean_accuracy["after"] >= one.clean_accuracy["before"] - 0.3 - 1e-6
+    assert one.steps[-1].name == "verify"
+    assert one.verification is not None
+    assert one.verification.label == 1
+    assert one.steps[-1].reason == one.verification.message
+
+
+class StageError(Exception):
+    """Stands for whatever can go wrong."""
+
+
+@pytest.mark.usefixtures("exposed")
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (REPAIR, "split_clean"),
+        (STAGES, "find_channels"),
+        (STAGES, "unlearn"),
+        (STAGES, "recover"),
+        (RNP, "choose"),
+        (STAGES, "prune"),
+        (COMPARISON, "search_triggers"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_callers_model_is_left_alone_when_a_stage_fails(
+    place: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lived_in()
+    before = snapshot(model)
+
+    def fail(*_: object, **__: object) -> None:
+        raise StageError(name)
+
+    monkeypatch.setattr(place, name, fail)
+    with pytest.raises(StageError, match=name):
+        db.repair(model, quadrant_set())
+    assert_as_found(model, before)
+
+
+@pytest.mark.usefixtures("exposed")
+@pytest.mark.parametrize("stage", ["unlearn", "recover"])
+def test_the_callers_model_is_left_alone_when_interrupted(stage: str) -> None:
+    model = lived_in()
+    before = snapshot(model)
+
+    def interrupt(now: str, *_: object) -> None:
+        if now == stage:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        db.repair(model, quadrant_set(), progress=interrupt)
+    assert_as_found(model, before)
+
+
+@pytest.mark.usefixtures("not_exposed")
+def test_where_nothing_is_exposed_no_bit_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise StageError
+
+    monkeypatch.setattr(RNP, "choose", fail)
+    model = lived_in()
+    model[1].weight.data[2] = -0.0
+    before = snapshot(model)
+    result = db.repair(model, quadrant_set())
+    assert_as_found(model, before)
+    assert result.model is not model
+    assert not any(module.training for module in result.model.modules())
+    found = result.model.state_dict()
+    assert list(found) == list(before["tensors"])
+    for name, value in before["tensors"].items():
+        assert found[name].dtype == value.dtype
+        assert torch.equal(found[name].view(-1).view(torch.uint8), value.view(-1).view(torch.uint8)), name
+    assert result.plan == ()
+    assert result.changed is False
+    assert result.clean_accuracy["before"] == result.clean_accuracy["after"]
+    assert result.verification is not None
+    assert (result.verification.passed, result.verification.label) == (True, None)
+    assert "left as it is" in result.verification.message
+
+
+def repair_and_evaluate(victim: DigitsVictim) -> tuple[RepairResult, float, float]:
+    """Repairs with a budget of 5 points; what clean accuracy that costs on the test set, and what is left of ASR."""
+    model = victim.trained.model
+    before = evaluate(model, victim.test, victim.attack)
+    assert before.clean_accuracy > 0.95
+    assert before.attack_success_rate > 0.9
+    found = snapshot(model)
+    result = db.repair(model, victim.clean, budget=0.05, device="cpu")
+    assert_as_found(model, found)
+    after = evaluate(result.model, victim.test, victim.attack)
+    return result, before.clean_accuracy - after.clean_accuracy, after.attack_success_rate
+
+
+def test_a_real_backdoor_is_found_and_weakened(digits_victim: DigitsVictim) -> None:
+    result, cost, success = repair_and_evaluate(digits_victim)
+    assert cost <= 0.05
+    assert success < 0.25
+    assert result.verification is not None
+    assert result.verification.label == digits_victim.attack.target
+    assert result.changed
+    assert result.clean_accuracy["after"] >= result.clean_accuracy["before"] - 0.05 - 1e-9
+    pruned = {(channel.layer, channel.index) for channel in result.plan}
+    assert len(pruned) == len(result.plan) > 0
+    weights, repaired = digits_victim.trained.model.state_dict(), result.model.state_dict()
+    changed = {
+        (name.rpartition(".")[0], index)
+        for name, value in weights.items()
+        for index in (value != repaired[name]).reshape(len(value) if value.ndim else 1, -1).any(1).nonzero().flatten()
+    }
+    assert {(layer, int(index)) for layer, index in changed} <= pruned
+
+
+@pytest.mark.slow
+def test_a_real_backdoor_in_a_wider_network_is_gone() -> None:
+    result, cost, success = repair_and_evaluate(train_digits_victim("preactresnet18-w16", seed=0))
+    assert cost <= 0.05
+    assert success < 0.1
+    assert result.verification is not None
+    assert result.verification.label == 3
