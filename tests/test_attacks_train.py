@@ -11,9 +11,10 @@ from torch import Tensor
 
 from debackdoor.attacks import BackdooredModel, BadNets, load_trigger, make_attack, train, write_victim
 from debackdoor.attacks.batches import PoisonedBatches
+from debackdoor.attacks.train import memory_format
 from debackdoor.errors import DebackdoorError
 from debackdoor.evaluation import accuracy, evaluate
-from debackdoor.models import load_model
+from debackdoor.models import build_model, load_model
 from debackdoor.runtime import generator
 from debackdoor.types import CleanSet
 
@@ -226,3 +227,12 @@ def test_a_victim_that_cannot_be_written_says_so(victim: BackdooredModel, tmp_pa
     (tmp_path / "file").write_text("")
     with pytest.raises(DebackdoorError, match="file"):
         write_victim(victim, tmp_path / "file" / "out", {})
+
+
+def test_narrow_strided_shortcuts_stay_out_of_channels_last() -> None:
+    """On CPUs such a layer's weight gradient corrupts memory in that format."""
+    place = torch.device("cpu")
+    narrow, wide = (build_model(name, 10) for name in ("resnet18-w8", "resnet18-w16"))
+    assert memory_format(narrow, place) is torch.contiguous_format
+    assert memory_format(wide, place) is torch.channels_last
+    assert memory_format(narrow, torch.device("cuda")) is torch.channels_last

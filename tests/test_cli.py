@@ -38,7 +38,7 @@ class StandIn:
     def __init__(self) -> None:
         self.given: dict[str, Any] = {}
         self.error: BaseException | None = None
-        self.passed = True
+        self.passed = self.conclusive = True
         self.changed = True
 
     def __call__(self, model: nn.Module, clean: CleanSet, budget: float = 0.02, **options: Any) -> RepairResult:
@@ -54,7 +54,9 @@ class StandIn:
             model=model,
             plan=(PlannedChannel("1", 0, 0.25),) if self.changed else (),
             clean_accuracy={"before": 0.9, "after": 0.875},
-            verification=Verification(self.passed, 3, {"ease_after": float("inf")}, "the check says this"),
+            verification=Verification(
+                self.passed, 3, {"ease_after": float("inf")}, "the check says this", self.conclusive
+            ),
             history={},
             steps=(Step("prune", "one channel is enough", {"channels": 1}),),
             changed=self.changed,
@@ -180,6 +182,13 @@ def test_repair_writes_the_model_and_its_record(shell: Shell, stand_in: StandIn)
     }
     assert record["versions"]["torch"] == torch.__version__
     assert record["versions"]["debackdoor"] == debackdoor.__version__
+
+
+def test_a_check_that_could_not_tell_is_exit_code_3(shell: Shell, stand_in: StandIn) -> None:
+    stand_in.passed = stand_in.conclusive = stand_in.changed = False
+    ran = shell(*repair_of(shell, "--out", shell.folder / "out.pt", "--quiet"))
+    assert (ran.code, ran.out) == (3, "")
+    assert "the check says this" in ran.err
 
 
 def test_a_backdoor_that_is_left_is_exit_code_1(shell: Shell, stand_in: StandIn) -> None:

@@ -82,6 +82,15 @@ def test_large_sets_go_in_batches_and_keep_their_order() -> None:
     assert model.largest_batch == 500
 
 
+def test_progress_ends_at_the_last_image() -> None:
+    seen: list[tuple[str, int, int]] = []
+    measured = evaluate(
+        Toy(), EXAMPLE, badnets(), progress=lambda stage, done, total, _: seen.append((stage, done, total))
+    )
+    images = measured.clean_images + measured.triggered_images
+    assert seen[-1] == ("evaluate", images, images)
+
+
 def test_model_and_images_are_left_as_they_were() -> None:
     model = Toy().train()
     model.norm.eval()

@@ -1,6 +1,7 @@
 """Repair from a model and a clean set: bad input, what stays as it was, and that the backdoor goes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -255,6 +256,16 @@ def test_where_nothing_is_exposed_no_bit_changes(monkeypatch: pytest.MonkeyPatch
     assert result.verification is not None
     assert (result.verification.passed, result.verification.label) == (True, None)
     assert "left as it is" in result.verification.message
+
+
+@pytest.mark.usefixtures("not_exposed")
+def test_an_unlearning_that_did_not_get_there_is_inconclusive(monkeypatch: pytest.MonkeyPatch) -> None:
+    learn = STAGES.unlearn
+    monkeypatch.setattr(STAGES, "unlearn", lambda *given, **named: replace(learn(*given, **named), reason="steps"))
+    result = db.repair(quadrants(), quadrant_set())
+    assert result.verification is not None
+    assert (result.verification.conclusive, result.verification.passed, result.changed) == (False, False, False)
+    assert "not unlearned" in result.verification.message
 
 
 def repair_and_evaluate(victim: DigitsVictim) -> tuple[RepairResult, float, float]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from channel_cases import assert_as_found, snapshot
 from debackdoor.data.augment import random_shift
+from debackdoor.errors import DebackdoorError
 from debackdoor.models.forward import label_shares
 from debackdoor.models.resnet import resnet18
 from debackdoor.rnp.unlearn import Unlearned, UnlearnSettings, unlearn
@@ -68,6 +69,27 @@ def test_it_stops_when_the_task_is_forgotten() -> None:
 def test_the_target_itself_is_enough() -> None:
     found, _ = turn([RIGHT, HALF, WRONG], stop_accuracy=0.5)
     assert (found.reason, len(found.history)) == ("forgotten", 1)
+
+
+def test_by_default_the_target_is_a_tenth_above_chance() -> None:
+    """Four classes: 0.35. Three of eight right is above it, two of eight are not."""
+    three_right, two_right = [0, 0, 1, 2, 3, 3, 0, 0], [0, 0, 2, 2, 3, 3, 0, 0]
+    found, _ = turn([RIGHT, HALF, three_right, two_right, WRONG], stop_accuracy=None)
+    assert column(found, "accuracy") == [0.5, 0.375, 0.25]
+    assert found.reason == "forgotten"
+
+
+def test_a_small_fit_part_gets_as_many_steps_as_a_large_one() -> None:
+    found, _ = turn([RIGHT], max_passes=3, least_steps=7)
+    assert (found.reason, column(found, "step")[-1]) == ("steps", 7)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"lr": 0.0}, {"check_every": 0}, {"batch_size": -1}, {"max_passes": 0}, {"clip": -1.0}]
+)
+def test_settings_are_checked(bad: dict[str, Any]) -> None:
+    with pytest.raises(DebackdoorError, match=f"expected {next(iter(bad))} above 0"):
+        replace(DIAL, **bad)
 
 
 # Shares of label 2, and accuracies: 1/4 and 1, 1/2 and 3/4, 3/4 and 1/2, 5/8 and 5/8, 1/2 and 1/2, 1/4 and 1/2.

@@ -134,7 +134,7 @@ def _train(
         numbers: dict[str, Any] = {"clean_accuracy": share, "attack_success_rate": None, "robust_accuracy": None}
         said = f"clean accuracy {share:.1%} ({len(test)} images)"
     else:
-        measured = evaluate(victim.model, test, chosen, precision=precision)
+        measured = evaluate(victim.model, test, chosen, precision=precision, progress=stages)
         numbers, said = measured.record(), rates(measured)
     write_victim(victim, out, numbers)
     return said

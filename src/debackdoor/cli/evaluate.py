@@ -55,7 +55,7 @@ def evaluate(
         images = load_dataset(test, "test", limit, seed)
         check_labels(images, loaded.num_classes)
         stages.begin("evaluate")
-        measured = measure(loaded.model.to(place), images, attack, precision=precision)
+        measured = measure(loaded.model.to(place), images, attack, precision=precision, progress=stages)
     output.say(rates(measured))
     head = header(loaded, data=test, seed=seed, seconds=stages.seconds)
     output.write_json(evaluate_record(head, measured, attack=attack.name))

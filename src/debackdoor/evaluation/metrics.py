@@ -18,7 +18,7 @@ from debackdoor.attacks import Attack
 from debackdoor.attacks.base import ALL_TO_ONE
 from debackdoor.errors import DataError
 from debackdoor.models.forward import predict
-from debackdoor.types import CleanSet
+from debackdoor.types import CleanSet, Progress
 
 SCHEMA = "debackdoor/evaluate/1"
 _BATCH = 500
@@ -58,7 +58,14 @@ def accuracy(model: nn.Module, data: CleanSet, *, precision: str = "auto") -> fl
     return _share(_answers(model, data.x, precision) == data.y.cpu())
 
 
-def evaluate(model: nn.Module, test: CleanSet, attack: Attack, *, precision: str = "auto") -> Evaluation:
+def evaluate(
+    model: nn.Module,
+    test: CleanSet,
+    attack: Attack,
+    *,
+    precision: str = "auto",
+    progress: Progress | None = None,
+) -> Evaluation:
     """Measures a model on a test set and on the same images with the attack's trigger.
 
     In all-to-one mode, images whose true label is the target are left out of the triggered ones; in all-to-all mode
@@ -69,6 +76,7 @@ def evaluate(model: nn.Module, test: CleanSet, attack: Attack, *, precision: str
         test: clean test images with true labels.
         attack: the trigger and its label rule.
         precision: ``auto``, ``fp32`` or ``bf16``.
+        progress: called after every batch.
 
     Raises:
         TriggerError: if the images do not fit the trigger.
@@ -85,9 +93,11 @@ def evaluate(model: nn.Module, test: CleanSet, attack: Attack, *, precision: str
             )
         victims = test.subset(others)
     y = victims.y.cpu()
-    answers = _answers(model, victims.x, precision, attack.apply)
+    count = _Count(len(test) + len(victims), progress)
+    clean = _answers(model, test.x, precision, count=count)
+    answers = _answers(model, victims.x, precision, attack.apply, count)
     return Evaluation(
-        clean_accuracy=accuracy(model, test, precision=precision),
+        clean_accuracy=_share(clean == test.y.cpu()),
         attack_success_rate=_share(answers == attack.target_labels(y)),
         robust_accuracy=_share(answers == y),
         clean_images=len(test),
@@ -110,15 +120,33 @@ def _share(hits: Tensor) -> float:
     return int(hits.sum()) / len(hits)
 
 
+class _Count:
+    """How many images were seen, told to a progress callback."""
+
+    def __init__(self, total: int, progress: Progress | None = None) -> None:
+        self._done, self._total, self._progress = 0, total, progress
+
+    def add(self, images: int) -> None:
+        self._done += images
+        if self._progress is not None:
+            self._progress("evaluate", self._done, self._total, {})
+
+
 def _answers(
-    model: nn.Module, x: Tensor, precision: str, trigger: Callable[[Tensor], Tensor] = lambda images: images
+    model: nn.Module,
+    x: Tensor,
+    precision: str,
+    trigger: Callable[[Tensor], Tensor] = lambda images: images,
+    count: _Count | None = None,
 ) -> Tensor:
     """The labels (N,) that the model gives, on the CPU; the trigger is put on batch by batch, to save memory."""
     place = next((item.device for item in model.parameters()), x.device)
+    parts = []
     with _eval_mode(model), torch.inference_mode():
-        parts = [
-            predict(model, trigger(part.to(place)), precision=precision).argmax(1).cpu() for part in x.split(_BATCH)
-        ]
+        for part in x.split(_BATCH):
+            parts.append(predict(model, trigger(part.to(place)), precision=precision).argmax(1).cpu())
+            if count is not None:
+                count.add(len(part))
     return torch.cat(parts)
 
 
