@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from debackdoor.attacks.base import Attack
 from debackdoor.attacks.batches import PoisonedBatches
@@ -121,11 +120,11 @@ def train(
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(seed)
         model = build_model(arch, classes, mean, std, in_channels=data.x.shape[1])
-        model = convert_conv2d_weightmemory_format(model.to(place), memory_format(model, place))
+        model = convert_conv2d_weight_memory_format(model.to(place), memory_format(model, place))
         state = TrainingState(model, lr, epochs * len(batches), run, checkpoint_dir)
         for epoch in range(len(state.history), epochs):
             state.finish_epoch(_one_epoch(state, batches, epoch, recipe, test, progress))
-    model = convert_conv2d_weightmemory_format(model, torch.contiguous_format).eval()
+    model = convert_conv2d_weight_memory_format(model, torch.contiguous_format).eval()
     seconds = sum(row["seconds"] for row in state.history)
     return BackdooredModel(model, attack, recipe, data.source, state.history, seconds)
 
