@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from debackdoor.attacks.base import Attack
 from debackdoor.attacks.batches import PoisonedBatches
