@@ -1,9 +1,11 @@
 """What several test files share."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
+from cli_cases import Shell
 from debackdoor.attacks import Attack, BackdooredModel, make_attack, train
 from debackdoor.data import load_dataset
 from debackdoor.types import CleanSet
@@ -39,3 +41,9 @@ def train_digits_victim(arch: str, seed: int) -> DigitsVictim:
 def digits_victim() -> DigitsVictim:
     """A narrow ResNet-18, trained once a session, in a few seconds."""
     return train_digits_victim("resnet18-w8", seed=1)
+
+
+@pytest.fixture
+def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Shell:
+    """A way to run commands in a folder of their own."""
+    return Shell(tmp_path, capsys)

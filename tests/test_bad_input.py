@@ -15,11 +15,6 @@ from cli_cases import Shell
 from debackdoor.attacks import BadNets, save_trigger
 
 
-@pytest.fixture
-def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Shell:
-    return Shell(tmp_path, capsys)
-
-
 def refused(shell: Shell, *arguments: object) -> str:
     """Runs a command that has to fail as bad input does; returns its sentence."""
     before = shell.files()

@@ -1,0 +1,181 @@
+"""The command line: attack, evaluate and demo, and progress."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cli_cases import Shell
+from debackdoor.attacks import BadNets, save_trigger
+from debackdoor.cli.progress import Stages
+from debackdoor.files import sha256_of
+
+# attack, evaluate and demo
+
+
+def test_from_an_attack_to_a_repaired_model(shell: Shell) -> None:
+    """The real thing, small: train, measure, repair, measure."""
+    folder = shell.folder / "victim"
+    digits = ("--data", "digits", "--test", "digits")
+    trained = shell(
+        "attack", "badnets", "--arch", shell.arch, *digits, "--epochs", 6, "--poison-rate", 0.3, "--out", folder
+    )
+    assert trained.code == 0, trained
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["attack"], record["dataset"], record["epochs"], record["flip"]) == ("badnets", "digits", 6, False)
+    assert record["clean_accuracy"] > 0.8
+    assert f"clean accuracy {record['clean_accuracy']:.1%}" in trained.out
+
+    def measure(model: Path) -> dict[str, Any]:
+        ran = shell(
+            "evaluate", model, "--arch", shell.arch, "--test", "digits", "--trigger", folder / "trigger", "--json", "-"
+        )
+        assert ran.code == 0, ran
+        return json.loads(ran.out)
+
+    before = measure(folder / "model.safetensors")
+    assert (before["schema"], before["attack"]) == ("debackdoor/evaluate/1", "badnets")
+    assert before["sha256"] == record["sha256"] == sha256_of(folder / "model.safetensors")
+    for rate in ("clean_accuracy", "attack_success_rate", "robust_accuracy"):
+        assert before[rate] == record[rate]
+    assert (before["clean_images"], before["triggered_images"]) == (500, 450)
+    assert set(before["seconds"]) == {"load", "evaluate"}
+
+    repaired = folder / "repaired.safetensors"
+    model = ("repair", folder / "model.safetensors", "--arch", shell.arch, "--clean", "digits")
+    ran = shell(*model, "--out", repaired, "--limit", 100, "--json", folder / "repair.json")
+    assert ran.code in (0, 1), ran
+    written = json.loads((folder / "repair.json").read_text())
+    assert written["clean_images"] == 100
+    assert written["verification"]["passed"] is (ran.code == 0)
+    assert measure(repaired)["clean_accuracy"] > 0.7
+
+    again = shell("attack", "badnets", "--arch", shell.arch, *digits, "--out", folder)
+    assert again.code == 2
+    assert "--overwrite" in again.err
+
+
+def test_a_clean_model_has_no_trigger_and_no_success_rate(shell: Shell) -> None:
+    folder = shell.folder / "clean"
+    data = ("--data", "digits", "--test", "digits", "--limit", 200, "--epochs", 1)
+    ran = shell("attack", "clean", "--arch", shell.arch, *data, "--out", folder)
+    assert ran.code == 0, ran
+    assert "success" not in ran.out
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["attack"], record["attack_success_rate"]) == ("clean", None)
+    assert {path.name for path in folder.iterdir()} == {"model.safetensors", "record.json"}
+
+
+def test_a_stopped_attack_goes_on(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shell.folder / "victim"
+    module = importlib.import_module("debackdoor.attacks.train")
+    epoch = module._one_epoch
+    data = ("--data", "digits", "--test", "digits", "--limit", 200, "--epochs", 3)
+    arguments = ("attack", "blend", "--arch", shell.arch, *data, "--out", folder)
+
+    def stop_in_the_last(state: Any, batches: Any, number: int, *more: Any) -> dict[str, float]:
+        if number == 2:
+            raise KeyboardInterrupt
+        return epoch(state, batches, number, *more)
+
+    monkeypatch.setattr(module, "_one_epoch", stop_in_the_last)
+    assert shell(*arguments).code == 130
+    monkeypatch.setattr(module, "_one_epoch", epoch)
+    assert shell(*arguments).code == 0
+    assert len(json.loads((folder / "record.json").read_text())["history"]) == 3
+    assert not (folder / "training.pt").exists()
+
+
+def test_a_closed_pipe_loses_no_result(shell: Shell) -> None:
+    """Prints to a pipe that nobody reads, as ``| true`` makes it: the record is written all the same."""
+    folder, record = shell.folder, shell.folder / "record.json"
+    save_trigger(BadNets(), folder / "trigger")
+    arguments = ["--arch", shell.arch, "--test", "digits", "--trigger", folder / "trigger", "--json", record]
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "debackdoor", "evaluate", shell.checkpoint(), *arguments]
+    ran = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert record.exists()
+
+
+@pytest.mark.slow
+def test_demo(shell: Shell) -> None:
+    ran = shell("demo", "--out", shell.folder / "demo")
+    assert ran.code == 0, ran
+    before, after = (json.loads((shell.folder / "demo" / f"{name}.json").read_text()) for name in ("before", "after"))
+    assert before["attack_success_rate"] > 0.9
+    assert after["attack_success_rate"] < 0.1
+    assert after["clean_accuracy"] > before["clean_accuracy"] - 0.05
+    first, second = ran.out.splitlines()[-2:]
+    assert first.split() == [
+        "before",
+        "repair",
+        f"{before['clean_accuracy']:.1%}",
+        f"{before['attack_success_rate']:.1%}",
+    ]
+    assert second.split() == [
+        "after",
+        "repair",
+        f"{after['clean_accuracy']:.1%}",
+        f"{after['attack_success_rate']:.1%}",
+    ]
+
+
+# Progress.
+
+
+class Clock:
+    """A clock that tests wind."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr("debackdoor.cli.progress.time.perf_counter", lambda: self.now)
+
+
+def test_seconds_belong_to_the_stage_that_took_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    with Stages(show=False) as stages:
+        stages.begin("load")
+        clock.now += 2
+        stages("unlearn", 0, 10, {})  # begins: what came before was loading
+        clock.now += 3
+        stages("unlearn", 10, 10, {})
+        clock.now += 5
+        stages("recover", 1, 4, {})  # has done something: what came before was recovering
+        clock.now += 7
+    assert stages.seconds == {"load": 2, "unlearn": 3, "recover": 12}
+
+
+def test_lines_come_now_and_then_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch)
+    with Stages() as stages:
+        for done in range(1, 23):
+            clock.now += 1
+            stages("train", done, 40, {"loss": 0.123456})
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 10 of 40, about 30 s left, loss 0.1235",
+        "train: 20 of 40, about 20 s left, loss 0.1235",
+    ]
+
+
+def test_a_bar_where_there_is_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with Stages() as stages:
+        stages.begin("load")
+        stages("train", 3, 4, {"loss": 0.5})
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "train" in err
+    assert "loss 0.5" in err
