@@ -112,6 +112,13 @@ def test_answers_that_spread_again_bring_back_the_peak() -> None:
     assert found.label_shares == [0.125, 0.125, 0.75, 0.0]
 
 
+def test_answers_that_spread_before_half_is_forgotten_do_not_stop_it() -> None:
+    early = [RIGHT, [2, 0, 1, 1, 2, 2, 2, 3], RIGHT, RIGHT, WRONG]
+    found, _ = turn(early, past_peak=0.2)
+    assert column(found, "accuracy") == [0.75, 1.0, 1.0, 0.0]
+    assert found.reason == "forgotten"
+
+
 def test_without_past_peak_it_goes_on() -> None:
     found, t = turn(GATHERING, max_passes=5)
     assert found.reason == "steps"

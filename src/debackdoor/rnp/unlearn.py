@@ -53,8 +53,8 @@ class UnlearnSettings:
         weight_decay: of SGD.
         clip: largest gradient norm, applied after backward; None clips nothing.
         stop_accuracy: unlearning ends at this accuracy on the fit part; None is a tenth above chance, 1 / K.
-        past_peak: unlearning ends when the largest label share has fallen this far below its peak, with the model as
-            it was at the peak; None goes on.
+        past_peak: unlearning ends when, with half of the accuracy gone, the largest label share has fallen this far
+            below its peak, with the model as it was at the peak; None goes on.
         check_every: steps between two checks; None checks once a pass.
         largest_fall: how far accuracy may fall between two checks before the steps are taken back; 1 never takes back.
         max_passes: passes over the fit part at most,
@@ -132,7 +132,7 @@ class _Climb:
         self.queue: list[Tensor] = []
         self.steps, self.lr, self.loss = 0, settings.lr, 0.0
         self.history: list[dict[str, Any]] = []
-        self.now = self.peak = self._measure()
+        self.start = self.now = self.peak = self._measure()
         self._restart()
 
     def _measure(self) -> _State:
@@ -203,7 +203,8 @@ class _Climb:
         stop = 1 / len(self.now.shares) + 0.1 if s.stop_accuracy is None else s.stop_accuracy
         if self.now.accuracy <= stop:
             return "forgotten"
-        if s.past_peak is not None and max(self.now.shares) < max(self.peak.shares) - s.past_peak:
+        half_gone = self.now.accuracy <= self.start.accuracy / 2
+        if s.past_peak is not None and half_gone and max(self.now.shares) < max(self.peak.shares) - s.past_peak:
             return "piled up"
         if self.lr < s.lr / 1024 and not s.decay_at:
             return "stuck"
