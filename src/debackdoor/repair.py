@@ -22,8 +22,12 @@ from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.runtime import resolve_device
 from debackdoor.types import CleanSet, Progress, RepairResult, Step, Verification
 
-EXPOSED_SHARE = 0.4
-"""How far above chance (1 / K) the share of answers on one label must be for a backdoor to count as exposed."""
+EXPOSED_SHARE = 0.3
+"""How far above chance (1 / K) the share of answers on one label must be for a backdoor to count as exposed.
+
+Clean ResNet-18 networks of width 16 on CIFAR-10 stay below 0.23 above chance; the records under benchmarks/results say
+where backdoored ones lie.
+"""
 
 EASY = 2.0
 """A label whose smallest trigger is this many times smaller than the others' median is easy to reach."""
