@@ -22,11 +22,11 @@ from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.runtime import resolve_device
 from debackdoor.types import CleanSet, Progress, RepairResult, Step, Verification
 
-EXPOSED_SHARE = 0.3
+EXPOSED_SHARE = 0.45
 """How far above chance (1 / K) the share of answers on one label must be for a backdoor to count as exposed.
 
-Clean ResNet-18 networks of width 16 on CIFAR-10 stay below 0.23 above chance; the records under benchmarks/results say
-where backdoored ones lie.
+A clean ResNet-18 of width 16 on CIFAR-10 reached 0.40 above chance in one of three runs; the records under
+benchmarks/results say where backdoored ones lie.
 """
 
 EASY = 2.0
