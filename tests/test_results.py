@@ -1,0 +1,49 @@
+"""Published numbers: README's table is the one that the run records give."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "benchmarks" / "results" / "repair-slim"
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("repair_victims", ROOT / "benchmarks" / "repair_victims.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_shows_what_the_records_say(benchmark: ModuleType) -> None:
+    table = benchmark.render(json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json")))
+    assert f"<!-- repair-slim -->\n{table}\n<!-- /repair-slim -->" in (ROOT / "README.md").read_text()
+
+
+def test_der_of_every_record_follows_from_its_rates() -> None:
+    """(removed success - lost accuracy + 1) / 2, nothing below zero."""
+    for path in RECORDS.glob("*.json"):
+        record = json.loads(path.read_text())
+        if record["attack"] == "clean":
+            assert record["der"] is None
+            continue
+        success, clean = record["attack_success_rate"], record["clean_accuracy"]
+        removed = max(0.0, success["before"] - success["after"])
+        lost = max(0.0, clean["before"] - clean["after"])
+        assert record["der"] == pytest.approx((removed - lost + 1) / 2), path.name
+
+
+def test_a_row_gives_mean_and_range(benchmark: ModuleType) -> None:
+    record = json.loads(next(RECORDS.glob("badnets*.json")).read_text())
+    low, high = dict(record, der=0.5, seconds=10.0), dict(record, der=0.9, seconds=20.0)
+    row = benchmark.row([low, high])
+    assert "| 0.700 (0.500) |" in row
+    assert row.endswith("| 15 (10 to 20) |")
