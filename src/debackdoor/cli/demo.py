@@ -35,6 +35,10 @@ def demo(
 
     Trains a backdoored classifier, measures it, repairs it and measures it again. Needs no download.
     """
+    import torch
+
+    # Sums come out the same in one thread, however many cores there are: the story is the same on every such machine.
+    torch.set_num_threads(1)
     output = Output(quiet)
     common = ["--seed", str(seed), "--device", device, "--precision", precision, *(["--quiet"] if quiet else [])]
     with ExitStack() as stack:
