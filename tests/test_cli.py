@@ -170,6 +170,7 @@ def test_repair_writes_the_model_and_its_record(shell: Shell, stand_in: StandIn)
             "label": 3,
             "evidence": {"ease_after": None},  # JSON has no infinity
             "message": "the check says this",
+            "conclusive": True,
         },
     }
     assert record["versions"]["torch"] == torch.__version__
