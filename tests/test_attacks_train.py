@@ -11,10 +11,10 @@ from torch import Tensor
 
 from debackdoor.attacks import BackdooredModel, BadNets, load_trigger, make_attack, train, write_victim
 from debackdoor.attacks.batches import PoisonedBatches
-from debackdoor.attacks.train import memory_format
 from debackdoor.errors import DebackdoorError
 from debackdoor.evaluation import accuracy, evaluate
 from debackdoor.models import build_model, load_model
+from debackdoor.models.layout import memory_format
 from debackdoor.runtime import generator
 from debackdoor.types import CleanSet
 

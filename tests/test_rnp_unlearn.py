@@ -307,6 +307,7 @@ def test_shifted_images_are_windows_of_the_padded_one() -> None:
     assert all(len(places) == 1 for places in found)
     assert {row for ((row, _),) in found} == set(range(5))
     assert {col for ((_, col),) in found} == set(range(5))
+    assert shifted.is_contiguous()
     assert random_shift(x, 0, generator(0)) is x
 
 

@@ -21,6 +21,7 @@ from debackdoor.attacks.trigger_io import describe
 from debackdoor.errors import DebackdoorError
 from debackdoor.models import build_model, logits_of
 from debackdoor.models.forward import accuracy, predict
+from debackdoor.models.layout import memory_format
 from debackdoor.runtime import autocast, generator, resolve_device
 from debackdoor.types import CleanSet, Progress
 
@@ -130,22 +131,6 @@ def train(
     return BackdooredModel(model, attack, recipe, data.source, state.history, seconds)
 
 
-def memory_format(model: nn.Module, place: torch.device) -> torch.memory_format:
-    """Channels last, which is faster, wherever it is safe.
-
-    On CPUs, oneDNN's weight gradient of a strided 1x1 convolution with fewer than 16 inputs corrupts memory in this
-    format (https://github.com/uxlfoundation/oneDNN/issues/6035).
-    """
-    narrow = any(
-        isinstance(module, nn.Conv2d)
-        and module.in_channels < 16
-        and max(module.stride) > 1
-        and module.kernel_size == (1, 1)
-        for module in model.modules()
-    )
-    return torch.contiguous_format if narrow and place.type == "cpu" else torch.channels_last
-
-
 def _one_epoch(
     state: TrainingState,
     batches: PoisonedBatches,
@@ -161,9 +146,10 @@ def _one_epoch(
     torch.manual_seed(seed)
     model = state.model.train()
     place = next(model.parameters()).device
+    layout = memory_format(model, place)
     loss_sum, correct, seen = 0.0, 0, 0
     for step, (images, labels) in enumerate(batches.one_pass(generator(seed)), 1):
-        x, y = images.to(place), labels.to(place)
+        x, y = images.to(place).contiguous(memory_format=layout), labels.to(place)
         with autocast(place, recipe.precision):
             logits = logits_of(model(x)).float()
         loss = F.cross_entropy(logits, y)

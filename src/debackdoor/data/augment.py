@@ -10,6 +10,8 @@ from torch import Tensor
 def random_shift(x: Tensor, pixels: int, random: torch.Generator) -> Tensor:
     """Each image of the batch shifted by up to ``pixels`` in both directions, zero where nothing is left.
 
+    The result is contiguous: networks that call ``.view`` take no other layout.
+
     Args:
         x: (N, C, H, W) images in [0, 1].
         pixels: the largest shift; 0 returns the batch as it is.
@@ -23,4 +25,4 @@ def random_shift(x: Tensor, pixels: int, random: torch.Generator) -> Tensor:
     columns = torch.arange(width, device=x.device) + offsets[1]
     sample = torch.arange(n, device=x.device)[:, None, None]
     padded = F.pad(x, (pixels,) * 4).permute(0, 2, 3, 1)
-    return padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
