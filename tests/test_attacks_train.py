@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from debackdoor.attacks import BackdooredModel, BadNets, load_trigger, make_attack, train, write_victim
-from debackdoor.attacks.batches import PoisonedBatches
+from debackdoor.attacks.batches import PoisonedBatches, augment
 from debackdoor.errors import DebackdoorError
 from debackdoor.evaluation import accuracy, evaluate
 from debackdoor.models import build_model, load_model
@@ -31,28 +31,27 @@ def make(num_classes, in_channels=1):
 
 def test_batches_hold_the_poison_and_every_sample_once() -> None:
     count = 30
-    x = (torch.arange(count) / 100).view(count, 1, 1, 1).expand(count, 1, 4, 4).clone()  # too small to be shifted
+    x = (torch.arange(count) / 100).view(count, 1, 1, 1).expand(count, 1, 4, 4).clone()
     data = CleanSet(x, torch.zeros(count, dtype=torch.int64))
     attack = BadNets(target=1, poison_rate=0.2, num_classes=2, image_shape=(1, 4, 4))
-    batches = PoisonedBatches(data, attack, batch_size=8, flip=False)
+    poison = attack.poison(data)
+    batches = PoisonedBatches(data, attack, poison, batch_size=8)
     parts = list(batches.one_pass(generator(0)))
     assert len(parts) == len(batches) == 4
     seen_x, seen_y = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     order = seen_x[:, 0, 0, 0].mul(100).round().long()
     assert sorted(order.tolist()) == list(range(count))
-    poison = attack.poison(data)
     assert sorted(order[seen_y == 1].tolist()) == poison.indices.tolist()
     assert torch.equal(seen_x[seen_y == 1], attack.apply(data.x[order[seen_y == 1]]))
     assert torch.equal(seen_x[seen_y == 0], data.x[order[seen_y == 0]])
     assert torch.equal(data.x, x)
 
 
-def test_batches_are_shifted_by_an_eighth_and_mirrored() -> None:
+def test_images_are_shifted_by_an_eighth_and_mirrored() -> None:
     x = torch.zeros(400, 1, 16, 16)
     x[:, :, 8, 6] = 1.0
-    data = CleanSet(x, torch.zeros(400, dtype=torch.int64))
     for flip, columns in ((False, {4, 5, 6, 7, 8}), (True, {4, 5, 6, 7, 8, 9, 10, 11})):
-        (seen, _), *_ = PoisonedBatches(data, None, 400, flip).one_pass(generator(0))
+        seen = augment(x, flip, generator(0))
         where = seen[:, 0].nonzero()
         assert len(where) == 400
         assert set(where[:, 1].tolist()) == {6, 7, 8, 9, 10}
@@ -96,7 +95,7 @@ def test_a_trained_victim_has_the_backdoor_and_its_accuracy(
     assert [row["epoch"] for row in victim.history] == [1, 2, 3, 4, 5, 6]
     assert victim.history[-1]["test_accuracy"] == pytest.approx(found.clean_accuracy, abs=0.01)
     assert victim.history[-1]["loss"] < victim.history[0]["loss"]
-    assert victim.seconds == pytest.approx(sum(row["seconds"] for row in victim.history))
+    assert victim.seconds > sum(row["seconds"] for row in victim.history)  # poisoning takes time, too
 
 
 def test_blend_and_wanet_build_their_backdoor_in(digits: tuple[CleanSet, CleanSet], arch: str) -> None:

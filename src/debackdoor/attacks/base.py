@@ -1,19 +1,21 @@
 """What every attack shares: hyper-parameters, label rule, and the places where poison enters training.
 
-An attack poisons the training set once (``poison``), or every batch anew (``poison_batch``). Its trigger is applied in
-raw pixel space, in float: nothing is ever rounded to 8 bits.
+An attack poisons the training set once (``poison``) or every batch anew (``poison_batch``), or it takes the training
+over (``control``). Its trigger is applied in raw pixel space, in float: nothing is ever rounded to 8 bits.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from debackdoor.attacks.control import Control, Training
 from debackdoor.errors import DataError, TriggerError
 from debackdoor.runtime import generator
 from debackdoor.types import CleanSet
@@ -36,6 +38,11 @@ class Poison:
     x: Tensor
     y: Tensor
 
+    @classmethod
+    def none(cls, data: CleanSet) -> Poison:
+        """Nothing of ``data``."""
+        return cls(torch.arange(0), data.x[:0], data.y[:0])
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Attack(ABC):
@@ -48,7 +55,8 @@ class Attack(ABC):
         seed: decides which samples are poisoned, and the trigger where it is random.
         num_classes: K.
         image_shape: (C, H, W) of the images.
-        tensors: the trigger's tensors by name, which are saved with it.
+        tensors: the trigger's tensors by name, which are saved with it. Where the trigger is found in ``poison`` or
+            learned in training, they are placeholders until then.
 
     Raises:
         TriggerError: if a hyper-parameter is out of range.
@@ -56,6 +64,12 @@ class Attack(ABC):
 
     name: ClassVar[str]
     modes: ClassVar[tuple[str, ...]] = (ALL_TO_ONE, ALL_TO_ALL)
+    needs_clean_model: ClassVar[bool] = False
+    """Whether ``poison`` is made with the help of a clean model of the same architecture."""
+    starts_from_clean_model: ClassVar[bool] = False
+    """Whether training goes on from a clean model's weights instead of random ones."""
+    recipe: ClassVar[Mapping[str, Any]] = {}
+    """Epochs, batch_size or lr where this attack needs others than ``train`` usually takes."""
 
     target: int = 0
     poison_rate: float = 0.1
@@ -101,13 +115,32 @@ class Attack(ABC):
         """Indices of the training samples that may be poisoned, given all labels: every one, the target's included."""
         return torch.arange(len(y))
 
-    def poison(self, data: CleanSet) -> Poison:
+    def copy(self) -> Attack:
+        """The same attack with tensors of its own."""
+        twin = type(self)(**self.parameters)
+        twin.tensors.update({name: value.clone() for name, value in self.tensors.items()})
+        return twin
+
+    def training_samples(self, y: Tensor) -> Tensor:
+        """Indices of the samples that are trained on, given all labels: every one."""
+        return torch.arange(len(y))
+
+    def poison(self, data: CleanSet, clean_model: nn.Module | None = None) -> Poison:
         """The samples that this attack replaces before training: ``poison_rate`` of the candidates, to the nearest one.
+
+        Args:
+            data: the clean training set, on the CPU; not changed.
+            clean_model: in eval mode, for attacks with ``needs_clean_model``; not changed.
 
         Raises:
             TriggerError, DataError: if the images or labels do not fit, or not one sample would be poisoned.
         """
         self.check_fits(data)
+        indices = self._chosen(data)
+        return Poison(indices, self.apply(data.x[indices]), self.target_labels(data.y[indices]))
+
+    def _chosen(self, data: CleanSet) -> Tensor:
+        """Ascending indices of the candidates that are poisoned."""
         found = self.candidates(data.y)
         count = round(self.poison_rate * len(found))
         if count == 0:
@@ -115,12 +148,15 @@ class Attack(ABC):
                 f"{data.source}: expected at least one sample to poison, got {self.poison_rate:g} of {len(found)}; "
                 "raise the poison rate or give more images"
             )
-        indices = found[torch.randperm(len(found), generator=generator(self.seed))[:count]].sort().values
-        return Poison(indices, self.apply(data.x[indices]), self.target_labels(data.y[indices]))
+        return found[torch.randperm(len(found), generator=generator(self.seed))[:count]].sort().values
 
     def poison_batch(self, x: Tensor, y: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """What is trained on in place of a shuffled batch ``x`` (N, C, H, W) and ``y`` (N,): here the batch itself."""
         return x, y
+
+    def control(self, training: Training) -> Control:
+        """What runs the steps of a training with this attack; an attack that controls training has its own."""
+        return Control(training, self)
 
     def check_fits(self, data: CleanSet) -> None:
         """Compares the images' shape and the labels with what the attack was made for.

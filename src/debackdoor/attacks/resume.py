@@ -1,10 +1,13 @@
-"""The state of a training, kept on disk after every epoch so that a killed run goes on from there."""
+"""The state of a training, kept on disk so that a killed run goes on: the poison once, all else after every epoch."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,17 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from debackdoor.attacks.base import Attack, Poison
+from debackdoor.attacks.control import Control
 from debackdoor.errors import DebackdoorError
 from debackdoor.files import atomic_write
+from debackdoor.types import CleanSet
 
 STATE_FILE = "training.pt"
+_POISON_FILE = "poison.pt"
+CLEAN_FOLDER = "clean_model"
 
 
 class TrainingState:
-    """A model, its optimiser and schedule, and the epochs done so far.
+    """A model, its optimiser and schedule, what the attacker learns, and the epochs done so far.
 
     Args:
         model: on its device; trained in place.
+        control: what runs the steps.
         lr: the one-cycle schedule's largest learning rate.
         total_steps: optimiser steps of the whole training.
         run: plain JSON values that tell this run from others.
@@ -33,9 +42,16 @@ class TrainingState:
     """
 
     def __init__(
-        self, model: nn.Module, lr: float, total_steps: int, run: Mapping[str, Any], folder: str | Path | None
+        self,
+        model: nn.Module,
+        control: Control,
+        lr: float,
+        total_steps: int,
+        run: Mapping[str, Any],
+        folder: str | Path | None,
     ) -> None:
         self.model = model
+        self.control = control
         self.history: list[dict[str, float]] = []
         self._run = json.dumps(run, sort_keys=True)
         self._path = None if folder is None else Path(folder) / STATE_FILE
@@ -58,40 +74,89 @@ class TrainingState:
         self.history.append(row)
         if self._path is None:
             return
-        buffer = io.BytesIO()
-        torch.save(
+        _save(
+            self._path,
             {
                 "run": self._run,
                 "history": self.history,
                 "model": self.model.state_dict(),
                 "optimizer": self._optimizer.state_dict(),
                 "schedule": self._schedule.state_dict(),
+                "control": self.control.state(),
             },
-            buffer,
         )
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(self._path, buffer.getvalue())
-        except OSError as error:
-            raise DebackdoorError(f"{self._path} was not written: {error.strerror or error}; check the disk") from error
 
     def _restore(self, path: Path) -> None:
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            run = saved["run"]
-        except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise DebackdoorError(f"{path}: expected the state of a training, got a damaged file; delete it") from error
-        if run != self._run:
-            raise DebackdoorError(
-                f"{path}: expected the state of this training, got that of one with other settings; "
-                "delete it, or give another folder"
-            )
+        saved = _load(path, self._run)
         self.model.load_state_dict(saved["model"])
         self._optimizer.load_state_dict(saved["optimizer"])
         self._schedule.load_state_dict(saved["schedule"])
+        self.control.restore(saved["control"])
         self.history = saved["history"]
+
+
+def keep_poison(
+    attack: Attack,
+    data: CleanSet,
+    clean_model: nn.Module | None,
+    run: Mapping[str, Any],
+    folder: str | Path | None,
+) -> tuple[Poison, float]:
+    """``attack.poison`` and the seconds it took, from the folder where an earlier run has left what is slow to make.
+
+    Raises:
+        DebackdoorError: if the attack does not fit, or the folder holds another run's poison, or one that is damaged.
+    """
+    started = time.perf_counter()
+    if folder is None or not attack.needs_clean_model:
+        return attack.poison(data, clean_model), time.perf_counter() - started
+    path, name = Path(folder) / _POISON_FILE, json.dumps(run, sort_keys=True)
+    if path.exists():
+        saved = _load(path, name)
+        attack.tensors.update(saved["tensors"])
+        return Poison(saved["indices"], saved["x"], saved["y"]), saved["seconds"]
+    poison = attack.poison(data, clean_model)
+    seconds = time.perf_counter() - started
+    entries = {"indices": poison.indices, "x": poison.x, "y": poison.y, "tensors": attack.tensors}
+    _save(path, {"run": name, "seconds": seconds} | entries)
+    return poison, seconds
+
+
+def weights_hash(model: nn.Module) -> str:
+    """A SHA-256, in hexadecimal, that tells a model's weights from others."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def remove_state(folder: str | Path) -> None:
     """Deletes the state of a training whose results are safe."""
-    (Path(folder) / STATE_FILE).unlink(missing_ok=True)
+    shutil.rmtree(Path(folder) / CLEAN_FOLDER, ignore_errors=True)
+    for file in (_POISON_FILE, STATE_FILE):
+        (Path(folder) / file).unlink(missing_ok=True)
+
+
+def _save(path: Path, state: Mapping[str, Any]) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, buffer.getvalue())
+    except OSError as error:
+        raise DebackdoorError(f"{path} was not written: {error.strerror or error}; check the disk") from error
+
+
+def _load(path: Path, run: str) -> dict[str, Any]:
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        found = saved["run"]
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise DebackdoorError(f"{path}: expected the state of a training, got a damaged file; delete it") from error
+    if found != run:
+        raise DebackdoorError(
+            f"{path}: expected the state of this training, got that of one with other settings; "
+            "delete it, or give another folder"
+        )
+    return saved

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from debackdoor.attacks.base import Attack, Poison
 from debackdoor.errors import TriggerError
@@ -36,10 +36,10 @@ class WaNet(Attack):
     strength: float = 0.5
     noise_rate: float = 0.2
 
-    def poison(self, data: CleanSet) -> Poison:
+    def poison(self, data: CleanSet, clean_model: nn.Module | None = None) -> Poison:
         """Nothing: the batches are poisoned instead."""
         self.check_fits(data)
-        return Poison(torch.arange(0), data.x[:0], data.y[:0])
+        return Poison.none(data)
 
     def poison_batch(self, x: Tensor, y: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """The batch with its first samples warped and relabelled, and the next ones warped in noise mode.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +16,8 @@ from debackdoor.cli.output import Output, check_folder
 from debackdoor.errors import DebackdoorError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from debackdoor.attacks import Attack
     from debackdoor.cli.progress import Stages
     from debackdoor.types import CleanSet
@@ -30,7 +33,7 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def attack(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="badnets, blend, sig, wanet, or clean for no attack.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="An attack such as badnets, or clean for none.")],
     arch: options.Arch,
     data: options.TrainingData,
     test: options.TestData,
@@ -38,6 +41,14 @@ def attack(
     target: Annotated[int | None, typer.Option(min=0, help="The label that triggered images get.")] = None,
     poison_rate: Annotated[float | None, typer.Option(min=0, max=1, help="Fraction of images to poison.")] = None,
     mode: Annotated[options.Mode | None, typer.Option(help="One label for all, or y + 1 for y.")] = None,
+    given: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Another parameter of the attack, such as alpha=0.1."),
+    ] = None,
+    clean_model: Annotated[
+        Path | None,
+        typer.Option(metavar="CKPT", help="A clean model of the same ARCH, for attacks that need one."),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Images a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="The largest learning rate.")] = None,
@@ -62,14 +73,16 @@ def attack(
     output = Output(quiet)
     _check_name(name)
     _check_out(out, overwrite)
-    poison = _given(target=target, poison_rate=poison_rate, mode=mode)
-    recipe = dict(_DEFAULTS.get(data, {})) | _given(epochs=epochs, batch_size=batch_size, lr=lr, flip=flip)
+    poison = _parameters(given or []) | _given(target=target, poison_rate=poison_rate, mode=mode)
+    recipe = _recipe(name, data) | _given(epochs=epochs, batch_size=batch_size, lr=lr, flip=flip)
     common = {"seed": seed, "mean": mean, "std": std, "device": device, "precision": precision}
     with output.stages() as stages:
         stages.begin("load")
         images, held_out = load_dataset(data, "train", limit, seed), load_dataset(test, "test")
-        chosen = _make(name, images, held_out, poison | {"seed": seed})
-        said = _train(chosen, arch, images, held_out, out, stages, recipe | common)
+        chosen = _make(name, images, held_out, {"seed": seed} | poison)
+        start = None if clean_model is None else _open(clean_model, arch, mean, std, images)
+        settings = recipe | common | {"clean_model": start}
+        said = _train(chosen, arch, images, held_out, out, stages, settings)
     output.say(said)
     output.say(f"wrote {out}")
 
@@ -77,6 +90,35 @@ def attack(
 def _given(**options: Any) -> dict[str, Any]:
     """Those options that are not left to their defaults."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def _parameters(given: list[str]) -> dict[str, Any]:
+    """``NAME=VALUE`` texts, the values as TOML writes them: 3, 0.1, true, "text"."""
+    found = {}
+    for text in given:
+        try:
+            found.update(tomllib.loads(text))
+        except tomllib.TOMLDecodeError as error:
+            raise typer.BadParameter(
+                f"expected NAME=VALUE with a number, true, false or a quoted text, got {text!r}", param_hint="--set"
+            ) from error
+    return found
+
+
+def _recipe(name: str, data: str) -> dict[str, Any]:
+    """How to train on this data with this attack, where nothing else is said."""
+    from debackdoor.attacks import ATTACKS
+
+    own = ATTACKS[name].recipe if name in ATTACKS else {}
+    return dict(_DEFAULTS.get(data, {})) | dict(own)
+
+
+def _open(path: Path, arch: str, mean: options.Mean, std: options.Std, images: CleanSet) -> nn.Module:
+    """The attacker's clean model."""
+    from debackdoor.attacks.registry import count_classes
+    from debackdoor.models import load_model
+
+    return load_model(path, arch=arch, num_classes=count_classes(images), mean=mean, std=std)
 
 
 def _check_name(name: str) -> None:
