@@ -73,6 +73,20 @@ def test_a_clean_model_has_no_trigger_and_no_success_rate(shell: Shell) -> None:
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "record.json"}
 
 
+def test_parameters_of_the_attack_are_set_by_name(shell: Shell) -> None:
+    folder = shell.folder / "victim"
+    data = ("--data", "digits", "--test", "digits", "--limit", 200, "--epochs", 1)
+    arguments = ("attack", "blend", "--arch", shell.arch, *data, "--out", folder)
+    assert shell(*arguments, "--set", "alpha=0.5", "--set", "seed=7").code == 0
+    record = json.loads((folder / "record.json").read_text())
+    assert record["parameters"] == {"poison_rate": 0.1, "seed": 7, "alpha": 0.5}
+    unknown = shell(*arguments, "--overwrite", "--set", "shade=1")
+    assert unknown.code == 2
+    assert "got 'shade'" in unknown.err
+    assert shell(*arguments, "--overwrite", "--set", "alpha").code == 4
+    assert json.loads((folder / "record.json").read_text()) == record
+
+
 def test_a_stopped_attack_goes_on(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shell.folder / "victim"
     module = importlib.import_module("debackdoor.attacks.train")
