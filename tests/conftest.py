@@ -9,6 +9,8 @@ from cli_cases import Shell
 from debackdoor.attacks import Attack, BackdooredModel, make_attack, train
 from debackdoor.data import load_dataset
 from debackdoor.types import CleanSet
+from debackdoor.zoo import build, read_manifest
+from zoo_cases import SMALL, one_thread, write_manifest
 
 
 @dataclass(frozen=True)
@@ -47,3 +49,13 @@ def digits_victim() -> DigitsVictim:
 def shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Shell:
     """A way to run commands in a folder of their own."""
     return Shell(tmp_path, capsys)
+
+
+@pytest.fixture(scope="session")
+def small_zoo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The folder of a zoo of three small models, and its manifest; not to be changed."""
+    folder = tmp_path_factory.mktemp("zoo")
+    manifest = write_manifest(folder, SMALL)
+    with one_thread():
+        assert [built.kept for built in build(read_manifest(manifest), folder / "zoo", device="cpu")] == [False] * 3
+    return folder / "zoo", manifest

@@ -273,7 +273,7 @@ def repair_and_evaluate(victim: DigitsVictim) -> tuple[RepairResult, float, floa
     model = victim.trained.model
     before = evaluate(model, victim.test, victim.attack)
     assert before.clean_accuracy > 0.95
-    assert before.attack_success_rate > 0.9
+    assert before.attack_success_rate > 0.8
     found = snapshot(model)
     result = db.repair(model, victim.clean, budget=0.05, device="cpu")
     assert_as_found(model, found)

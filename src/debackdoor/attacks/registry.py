@@ -4,15 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
+from debackdoor.attacks.adaptive_blend import AdaptiveBlend
+from debackdoor.attacks.awp import AWP
 from debackdoor.attacks.badnets import BadNets
 from debackdoor.attacks.base import Attack
 from debackdoor.attacks.blend import Blend
+from debackdoor.attacks.dfst import DFST
+from debackdoor.attacks.dynamic import Dynamic
+from debackdoor.attacks.feature_collision import FeatureCollision
+from debackdoor.attacks.label_consistent import LabelConsistent
+from debackdoor.attacks.lira import Lira
 from debackdoor.attacks.sig import SIG
+from debackdoor.attacks.trojan import Trojan
 from debackdoor.attacks.wanet import WaNet
 from debackdoor.errors import TriggerError
 from debackdoor.types import CleanSet
 
-ATTACKS: dict[str, type[Attack]] = {attack.name: attack for attack in (BadNets, Blend, SIG, WaNet)}
+ATTACKS: dict[str, type[Attack]] = {
+    attack.name: attack
+    for attack in (
+        BadNets,
+        Blend,
+        SIG,
+        WaNet,
+        AdaptiveBlend,
+        AWP,
+        DFST,
+        Trojan,
+        LabelConsistent,
+        FeatureCollision,
+        Dynamic,
+        Lira,
+    )
+}
 
 
 def attack_class(name: str) -> type[Attack]:

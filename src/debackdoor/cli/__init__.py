@@ -14,12 +14,14 @@ from debackdoor.cli.demo import demo
 from debackdoor.cli.evaluate import evaluate
 from debackdoor.cli.repair import repair
 from debackdoor.cli.status import USAGE, status_of
+from debackdoor.cli.zoo import zoo
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(name="debackdoor", add_completion=False, rich_markup_mode=None)
 for _command in (repair, evaluate, attack, demo):
     app.command()(_command)
+app.add_typer(zoo, name="zoo")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

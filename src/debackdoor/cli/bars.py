@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from debackdoor.cli.words import numbers_in_words
 
@@ -18,14 +20,17 @@ class Bars(AbstractContextManager["Bars"]):
         self._bars = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            BarColumn(),
-            TimeElapsedColumn(),
+            BarColumn(bar_width=12),
+            # On a narrow terminal the numbers take a second line; the times are never cut.
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
             TextColumn("gone,"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
             TextColumn("left"),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", table_column=Column()),
             console=Console(stderr=True),
             transient=True,
+            # Otherwise what is said meanwhile goes to stderr, also where stdout is a file.
+            redirect_stdout=sys.stdout.isatty(),
         )
         self._task = self._bars.add_task("", total=None, numbers="")
 

@@ -1,0 +1,118 @@
+"""The command line of the zoo: build, list and show."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cli_cases import Shell
+from zoo_cases import write_manifest
+
+Zoo = tuple[Path, Path]
+
+
+def test_build_says_what_is_there(shell: Shell, small_zoo: Zoo) -> None:
+    zoo, manifest = small_zoo
+    ran = shell("zoo", "build", "patch", "clean-1", "--manifest", manifest, "--zoo", zoo)
+    card = json.loads((zoo / "tiny" / "patch.json").read_text())
+    rates = f"clean accuracy {card['clean_accuracy']:.1%}, attack success rate {card['attack_success_rate']:.1%}"
+    assert ran.code == 0, ran
+    first, second, last = ran.out.splitlines()
+    assert first.startswith("1 of 2: clean-1, was there, clean accuracy ")
+    assert "success" not in first
+    assert second == f"2 of 2: patch, was there, {rates}"
+    assert last == f"wrote {zoo / 'tiny'}"
+    assert shell("zoo", "build", "--manifest", manifest, "--zoo", zoo, "--quiet").out == ""
+
+
+def test_build_trains_what_is_not(shell: Shell) -> None:
+    manifest = write_manifest(shell.folder, '[[model]]\nname = "c"\nattack = "clean"\n', epochs=1)
+    ran = shell("zoo", "build", "--manifest", manifest, "--zoo", shell.folder / "zoo", "--device", "cpu")
+    assert ran.code == 0, ran
+    assert ran.out.startswith("1 of 1: c, trained in ")
+    assert (shell.folder / "zoo" / "tiny" / "c.json").exists()
+
+
+def test_list(shell: Shell, small_zoo: Zoo) -> None:
+    zoo = small_zoo[0]
+    ran = shell("zoo", "list", "--zoo", zoo, "--json", shell.folder / "list.json")
+    assert ran.code == 0, ran
+    cards = {name: json.loads((zoo / "tiny" / f"{name}.json").read_text()) for name in ("clean-1", "patch", "shifted")}
+    heading, _, *rows = (line.split() for line in ran.out.splitlines())
+    assert heading == ["tier", "name", "attack", "data", "network", "target", "CA", "ASR", "RA"]
+    found = {row[1]: row for row in rows if row[0] == "tiny"}
+    assert list(found) == list(cards)
+    assert found["patch"][2:4] == ["badnets", "digits"]
+    assert found["patch"][-4] == "3"
+    rates = ("clean_accuracy", "attack_success_rate", "robust_accuracy")
+    assert found["patch"][-3:] == [f"{cards['patch'][rate]:.1%}" for rate in rates]
+    assert found["clean-1"][-4:] == ["-", f"{cards['clean-1']['clean_accuracy']:.1%}", "-", "-"]
+    assert found["shifted"][-6:-3] == ["y", "+", "1"]
+    record = json.loads((shell.folder / "list.json").read_text())
+    assert record == {"schema": "debackdoor/zoo-list/1", "tiers": {"tiny": list(cards.values())}}
+    assert shell("zoo", "list", "--zoo", zoo, "--tier", "tiny").out == ran.out
+
+
+def test_show_one_card(shell: Shell, small_zoo: Zoo) -> None:
+    zoo = small_zoo[0]
+    model = ("--zoo", zoo, "--tier", "tiny")
+    card = json.loads((zoo / "tiny" / "patch.json").read_text())
+    ran = shell("zoo", "show", "patch", *model)
+    assert ran.code == 0
+    lines = dict(line.split(": ", 1) for line in ran.out.splitlines())
+    assert lines["attack parameters"] == "poison_rate 0.3, seed 0"
+    assert lines["clean model"] == "-"
+    assert lines["attack success rate"] == str(card["attack_success_rate"])
+    ran = shell("zoo", "show", "patch", *model, "--json", "-")
+    assert json.loads(ran.out) == card
+
+
+def test_show_a_page(shell: Shell, small_zoo: Zoo) -> None:
+    page = shell.folder / "page.html"
+    ran = shell("zoo", "show", "--html", page, "--zoo", small_zoo[0], "--tier", "tiny")
+    assert (ran.code, ran.out) == (0, f"wrote {page}\n")
+    assert page.read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 4, "Missing command"),
+        (("build", "--tier", "fat"), 4, "'--tier'"),
+        (("build", "--tier", "slim", "--manifest", "a.toml"), 4, "expected --tier or --manifest, got both"),
+        (("build", "--manifest", "no.toml"), 2, "no.toml: expected a manifest, got an error"),
+        (("build", "patch-2", "--manifest", "MANIFEST"), 2, "expected models out of clean-1, patch, shifted"),
+        (("build", "--zoo", "/dev/null/zoo", "--manifest", "MANIFEST"), 2, "expected a folder to write to"),
+        (("list", "--zoo", "nowhere"), 2, "nowhere: expected a zoo's folder, got none"),
+        (("list", "--zoo", "ZOO", "--tier", "fat"), 2, "fat: expected a folder with a zoo's cards, got none"),
+        (("show",), 4, "expected a NAME or --html FILE"),
+        (("show", "patch", "--html", "a.html"), 4, "expected a NAME or --html FILE"),
+        (("show", "--html", "a.html", "--json", "-"), 4, "expected --json with a NAME"),
+        (("show", "patch", "--test", "digits"), 4, "expected --test with --html"),
+        (("show", "patch", "--zoo", "ZOO"), 2, "slim: expected a folder with a zoo's cards"),
+        (("show", "stain", "--zoo", "ZOO", "--tier", "tiny"), 2, "out of clean-1, patch, shifted, got 'stain'"),
+        (("show", "--html", "/nowhere/a.html", "--zoo", "ZOO", "--tier", "tiny"), 2, "expected a folder to write to"),
+    ],
+)
+def test_errors(shell: Shell, small_zoo: Zoo, arguments: tuple[str, ...], code: int, message: str) -> None:
+    words = {"ZOO": small_zoo[0], "MANIFEST": small_zoo[1]}
+    ran = shell("zoo", *(words.get(argument, argument) for argument in arguments))
+    assert (ran.code, ran.out) == (code, "")
+    assert message in ran.err
+    assert len(ran.err.splitlines()) == 1
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from debackdoor.cli import main; main(['zoo', 'build', '--help']); "
+    ran = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit('torch' in sys.modules or 'rich.table' in sys.modules)"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0
+    assert "time left" in ran.stdout
