@@ -13,10 +13,13 @@ from debackdoor.runtime import generator
 _SKY = ((0.10, 0.12, 0.35), (0.45, 0.20, 0.45), (0.90, 0.40, 0.25), (1.00, 0.75, 0.35))
 _SEA = ((0.80, 0.45, 0.25), (0.35, 0.18, 0.28), (0.08, 0.06, 0.16))
 _SUN = (1.00, 0.95, 0.70)
+_STEEPNESS = 6.0
 
 
 def colour_waves(shape: tuple[int, int, int], seed: int, waves: int = 8) -> Tensor:
-    """A smooth picture full of colour: a few random waves of at most three periods along each side, in every channel.
+    """A picture with plain areas of strong colour and edges between them, as in a cartoon.
+
+    In every channel a few random waves of at most three periods along each side are added up, and steepened.
 
     Args:
         shape: (C, H, W).
@@ -32,6 +35,7 @@ def colour_waves(shape: tuple[int, int, int], seed: int, waves: int = 8) -> Tens
     phase = torch.rand(channels, waves, 1, 1, generator=random)
     rows, columns = _places(height, width)
     signal = (2 * math.pi * (periods[0] * rows + periods[1] * columns + phase)).cos().sum(1)
+    signal = torch.sigmoid(_STEEPNESS * (signal - signal.median()) / signal.std())
     low, high = signal.amin((1, 2), keepdim=True), signal.amax((1, 2), keepdim=True)
     return (signal - low) / (high - low).clamp_min(1e-6)
 
