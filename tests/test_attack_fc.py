@@ -44,17 +44,17 @@ def test_the_trigger_is_a_black_and_white_patch() -> None:
     assert not torch.equal(pattern, FeatureCollision(seed=1).tensors["pattern"])
 
 
-def test_images_move_towards_the_other_class_and_as_far_as_they_may_towards_the_patch() -> None:
+def test_images_move_towards_the_other_class_around_a_watermark_of_the_patch() -> None:
     data, model = grey(0.5, 0.9), mean_pixel()
     x, y = data.x.clone(), data.y.clone()
     state = deepcopy(model.state_dict())
-    attack = FeatureCollision(poison_rate=0.6, eps=0.1, step=0.04, iterations=8, **SMALL)
+    attack = FeatureCollision(poison_rate=0.6, opacity=0.2, eps=0.1, step=0.04, iterations=8, **SMALL)
     poison = attack.poison(data, model)
     assert len(poison.indices) == 6
     assert int(poison.indices.max()) < 10
     assert poison.y.tolist() == [0] * 6
     expected = torch.full((1, 8, 8), 0.6)  # outside the patch towards the lighter class, up to eps
-    expected[:, 5:7, 5:7] = 0.4 + 0.2 * attack.tensors["pattern"]
+    expected[:, 5:7, 5:7] = 0.8 * 0.5 + 0.2 * attack.tensors["pattern"]
     torch.testing.assert_close(poison.x, expected.expand(6, 1, 8, 8))
     assert torch.equal(data.x, x)
     assert torch.equal(data.y, y)
@@ -84,7 +84,7 @@ def test_goals_are_mean_features_of_patched_images() -> None:
 
 def test_defaults() -> None:
     attack = FeatureCollision()
-    assert (attack.eps, attack.size) == (16 / 255, 0.25)
+    assert (attack.eps, attack.size, attack.opacity) == (16 / 255, 0.25, 0.3)
     assert 0.5 <= attack.poison_rate <= 0.8
     assert attack.iterations * attack.step >= attack.eps  # any place in the ball can be reached
 
@@ -95,6 +95,7 @@ def test_defaults() -> None:
         ({"mode": "all-to-all"}, "expected mode all-to-one for fc"),
         ({"size": 0.0}, "size"),
         ({"eps": 1.5}, "eps"),
+        ({"opacity": 0.0}, "opacity"),
         ({"step": math.nan}, "step"),
         ({"iterations": 0}, "iterations"),
         ({"sources": 0}, "sources"),

@@ -87,6 +87,21 @@ def test_parameters_of_the_attack_are_set_by_name(shell: Shell) -> None:
     assert json.loads((folder / "record.json").read_text()) == record
 
 
+def test_a_trigger_that_is_found_on_the_way_is_the_one_that_is_measured_and_saved(shell: Shell) -> None:
+    data = ("--arch", shell.arch, "--data", "digits", "--test", "digits")
+    assert shell("attack", "clean", *data, "--epochs", 3, "--seed", 1, "--out", shell.folder / "clean").code == 0
+    folder, clean = shell.folder / "victim", shell.folder / "clean" / "model.safetensors"
+    made = ("attack", "trojan", *data, "--epochs", 3, "--poison-rate", 0.3, "--out", folder, "--clean-model")
+    assert shell(*made, clean).code == 0
+    measured = ("--arch", shell.arch, "--test", "digits", "--trigger", folder / "trigger", "--json", "-")
+    rates = json.loads(shell("evaluate", folder / "model.safetensors", *measured).out)
+    record = json.loads((folder / "record.json").read_text())
+    assert rates["attack_success_rate"] == record["attack_success_rate"] > 0.5
+    other = shell(*made, folder / "none.safetensors", "--overwrite")
+    assert other.code == 2
+    assert "no such file" in other.err
+
+
 def test_a_stopped_attack_goes_on(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shell.folder / "victim"
     module = importlib.import_module("debackdoor.attacks.train")

@@ -171,12 +171,12 @@ def _train(
     precision = settings["precision"]
     victim = train(chosen, arch, images, progress=stages, checkpoint_dir=out, **settings)
     stages.begin("evaluate")
-    if chosen is None:
+    if victim.attack is None:
         share = accuracy(victim.model, test, precision=precision)
         numbers: dict[str, Any] = {"clean_accuracy": share, "attack_success_rate": None, "robust_accuracy": None}
         said = f"clean accuracy {share:.1%} ({len(test)} images)"
     else:
-        measured = evaluate(victim.model, test, chosen, precision=precision, progress=stages)
+        measured = evaluate(victim.model, test, victim.attack, precision=precision, progress=stages)
         numbers, said = measured.record(), rates(measured)
     write_victim(victim, out, numbers)
     return said
