@@ -3,9 +3,8 @@
     python benchmarks/training_cost.py --out benchmarks/results/training-cost.json
 
 Every attack trains for a few epochs on a few images, each time right after a clean model, so that what else the machine
-does falls on both. What is done once and does not grow with the epochs (poisoning with a clean model, teaching masks)
-is timed apart;
-poisoning grows with the images that are poisoned.
+does falls on both. What is done once, whatever the epochs, is timed apart: teaching masks, and poisoning with a clean
+model, which grows with the images that are poisoned.
 """
 
 from __future__ import annotations
