@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from cli_cases import Shell
 from debackdoor.attacks import Attack, BackdooredModel, make_attack, train
@@ -11,6 +12,12 @@ from debackdoor.data import load_dataset
 from debackdoor.types import CleanSet
 from debackdoor.zoo import build, read_manifest
 from zoo_cases import SMALL, one_thread, write_manifest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Sums of several threads round otherwise, and small victims then turn out otherwise, too."""
+    torch.set_num_threads(1)
 
 
 @dataclass(frozen=True)
