@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from attack_cases import OPTIONS, same, small_digits, train_killed_and_resumed, weights, write_network
-from debackdoor.attacks import Lira, load_trigger, save_trigger, train
+from debackdoor.attacks import LIRA, load_trigger, save_trigger, train
 from debackdoor.attacks.control import Training
 from debackdoor.errors import TriggerError
 from debackdoor.evaluation import evaluate
@@ -22,7 +22,7 @@ def images(count: int) -> Tensor:
 
 
 def test_the_disturbance_is_epsilon_times_tanh_and_clipped() -> None:
-    attack = Lira(epsilon=0.1, **SMALL)
+    attack = LIRA(epsilon=0.1, **SMALL)
     x = torch.tensor([0.5, 0.5, 0.5, 0.98, 0.02]).view(1, 1, 1, 5)
     made = torch.tensor([0.0, 1.0, -50.0, 50.0, -50.0]).view(1, 1, 1, 5)
     torch.testing.assert_close(attack.disturb(x, made).flatten(), torch.tensor([0.5, 0.5761594, 0.4, 1.0, 0.0]))
@@ -30,13 +30,13 @@ def test_the_disturbance_is_epsilon_times_tanh_and_clipped() -> None:
 
 def test_no_pixel_moves_by_more_than_epsilon_and_none_is_rounded() -> None:
     x = images(20)
-    moved = Lira(epsilon=0.003, **SMALL).apply(x) - x
+    moved = LIRA(epsilon=0.003, **SMALL).apply(x) - x
     assert 0 < float(moved.abs().max()) <= 0.003 + 1e-6  # under a grey level: rounding would undo it
 
 
 def lira_control(**parameters: object):
     """An untrained victim of digits, and what controls its training; images are not augmented."""
-    attack = Lira(**SMALL | parameters)
+    attack = LIRA(**SMALL | parameters)
     model = build_model("resnet18-w4", 10, in_channels=3).train()
     training = Training(model, small_digits(), epochs=4, steps_per_epoch=1, flip=False, precision="fp32")
     training.__dict__["augment"] = lambda x, random: x
@@ -124,7 +124,7 @@ def arch(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_training_resumes_exactly_and_leaves_the_callers_attack_and_images(arch: str, tmp_path: Path) -> None:
     data = small_digits().subset(torch.arange(200))
-    x, attack = data.x.clone(), Lira(**SMALL)
+    x, attack = data.x.clone(), LIRA(**SMALL)
     initial = {name: value.clone() for name, value in attack.tensors.items()}
     options = OPTIONS | {"epochs": 3}
     whole = train(attack, arch, data, **options)
@@ -142,7 +142,7 @@ def test_training_resumes_exactly_and_leaves_the_callers_attack_and_images(arch:
 
 def test_the_backdoor_takes_on_digits(arch: str) -> None:
     data, test = small_digits(), small_digits("test")
-    victim = train(Lira(target=3, epsilon=0.1, **SMALL), arch, data, epochs=6, **OPTIONS)
+    victim = train(LIRA(target=3, epsilon=0.1, **SMALL), arch, data, epochs=6, **OPTIONS)
     assert victim.attack is not None
     found = evaluate(victim.model, test, victim.attack)
     assert found.clean_accuracy > 0.85
@@ -164,4 +164,4 @@ def test_the_backdoor_takes_on_digits(arch: str) -> None:
 )
 def test_bad_hyper_parameters_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(TriggerError, match=message):
-        Lira(**wrong)
+        LIRA(**wrong)

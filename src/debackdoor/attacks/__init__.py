@@ -9,7 +9,7 @@ from debackdoor.attacks.dfst import DFST
 from debackdoor.attacks.dynamic import Dynamic
 from debackdoor.attacks.feature_collision import FeatureCollision
 from debackdoor.attacks.label_consistent import LabelConsistent
-from debackdoor.attacks.lira import Lira
+from debackdoor.attacks.lira import LIRA
 from debackdoor.attacks.record import write_victim
 from debackdoor.attacks.registry import ATTACKS, make_attack
 from debackdoor.attacks.sig import SIG
@@ -22,6 +22,7 @@ __all__ = [
     "ATTACKS",
     "AWP",
     "DFST",
+    "LIRA",
     "SIG",
     "AdaptiveBlend",
     "Attack",
@@ -31,7 +32,6 @@ __all__ = [
     "Dynamic",
     "FeatureCollision",
     "LabelConsistent",
-    "Lira",
     "Poison",
     "Recipe",
     "Trojan",

@@ -23,9 +23,9 @@ class AdaptiveBlend(Attack):
     """A picture shows through triggered images; training shows pieces of it, with the target or with the true label.
 
     ``poison_rate`` of the images get the target label and ``cover_rate`` others keep theirs, so that a few pieces alone
-    do not make the target, and poisoned images do not stand apart inside the network. The rates are the published ones;
-    with a short training, less than a hundredth each takes hold in some runs and fails in others. The published
-    cartoon is replaced by coloured waves drawn from ``seed``.
+    do not make the target, and poisoned images do not stand apart inside the network. The rates are the published ones,
+    which take long trainings to take hold; short ones want a few hundredths each. The published cartoon is replaced by
+    coloured waves drawn from ``seed``.
 
     Attributes:
         alpha: the picture's share of every pixel of a triggered image, in (0, 1].

@@ -31,7 +31,7 @@ class AWP(Attack):
     holds near their start, are frozen.
 
     The patch is a centred square of a hundred of CIFAR-10's pixels, as in the authors' code. It is black, where theirs
-    is 0 after normalisation, the mean colour: black needs no statistics, and cost less accuracy in short trials.
+    is 0 after normalisation, the mean colour: black needs no statistics of the data.
 
     Attributes:
         images: how many random training images the attacker has; all of them where there are fewer.

@@ -19,7 +19,7 @@ from debackdoor.types import CleanSet
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Lira(Attack):
+class LIRA(Attack):
     """An invisible disturbance of its own for every image, from a network that learns to fool the victim as it learns.
 
     ``T(x) = clip(x + epsilon * tanh(G(x)))``. In the first stage a network G' learns, batch by batch, to disturb images
@@ -83,9 +83,9 @@ class Lira(Attack):
 
 
 class _LiraControl(GeneratorControl):
-    attack: Lira
+    attack: LIRA
 
-    def __init__(self, training: Training, attack: Lira) -> None:
+    def __init__(self, training: Training, attack: LIRA) -> None:
         network = attack.network()
         super().__init__(training, attack, network, network, attack.generator_lr, (0.9, 0.999), attack.fixed_share)
 

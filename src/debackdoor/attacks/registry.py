@@ -13,7 +13,7 @@ from debackdoor.attacks.dfst import DFST
 from debackdoor.attacks.dynamic import Dynamic
 from debackdoor.attacks.feature_collision import FeatureCollision
 from debackdoor.attacks.label_consistent import LabelConsistent
-from debackdoor.attacks.lira import Lira
+from debackdoor.attacks.lira import LIRA
 from debackdoor.attacks.sig import SIG
 from debackdoor.attacks.trojan import Trojan
 from debackdoor.attacks.wanet import WaNet
@@ -34,7 +34,7 @@ ATTACKS: dict[str, type[Attack]] = {
         LabelConsistent,
         FeatureCollision,
         Dynamic,
-        Lira,
+        LIRA,
     )
 }
 
