@@ -1,10 +1,11 @@
-"""How much longer a victim trains for each attack than a clean model does, measured side by side.
+"""How long the slim zoo's networks train, and how much longer for each attack, measured side by side.
 
     python benchmarks/training_cost.py --out benchmarks/results/training-cost.json
 
 Every attack trains for a few epochs on a few images, each time right after a clean model, so that what else the machine
 does falls on both. What is done once, whatever the epochs, is timed apart: teaching masks, and poisoning with a clean
-model, which grows with the images that are poisoned.
+model, which grows with the images that are poisoned. What a whole training of each network takes is reckoned from a few
+of its epochs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from debackdoor.zoo import Entry, built_in_manifest
 
 SCHEMA = "debackdoor/training-cost/1"
 ATTACKS = ("badnets", "wanet", "dynamic", "lira", "dfst", "cl", "fc", "trojan")
+NETWORKS = ("clean-0", "vgg11-clean", "vgg11_bn-clean", "mobilenetv2-clean", "wrn16-clean", "gtsrb-clean")
 
 
 def main(
@@ -38,6 +40,7 @@ def main(
     """Times the attacks of the slim zoo and writes one record."""
     samples = load_dataset(data, "train", images)
     entries = {entry.name: entry for entry in built_in_manifest("slim").entries}
+    networks = [whole_training(entries[name], images) for name in NETWORKS]
     clean_model = timed(None, entries["clean-0"], samples)
     rows = [measure(entries[name], entries["clean-0"], samples, clean_model, repeats) for name in ATTACKS]
     record = {
@@ -47,10 +50,28 @@ def main(
         "epochs": entries["clean-0"].epochs,
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
+        "networks": networks,
         "attacks": rows,
         "versions": versions(),
     }
     atomic_write_text(out, json.dumps(record, indent=1) + "\n")
+
+
+def whole_training(entry: Entry, images: int, epochs: int = 4) -> dict[str, Any]:
+    """The seconds that the entry's training takes, from the median of a few epochs on some of its images."""
+    everything = len(load_dataset(entry.dataset, "train"))
+    data = load_dataset(entry.dataset, "train", images)
+    victim = train(None, entry.arch, data, epochs=epochs, batch_size=entry.batch_size, lr=entry.lr, flip=entry.flip)
+    epoch = statistics.median(row["seconds"] for row in victim.history[1:])
+    seconds = epoch * entry.epochs * everything / len(data)
+    typer.echo(f"{entry.arch} on {entry.dataset}: {seconds / 60:.1f} minutes for {entry.epochs} epochs")
+    return {
+        "model": entry.name,
+        "arch": entry.arch,
+        "epoch_seconds": epoch,
+        "images": len(data),
+        "training_seconds": seconds,
+    }
 
 
 def measure(entry: Entry, plain: Entry, data: CleanSet, clean_model: BackdooredModel, repeats: int) -> dict[str, Any]:
