@@ -26,3 +26,34 @@ def random_shift(x: Tensor, pixels: int, random: torch.Generator) -> Tensor:
     sample = torch.arange(n, device=x.device)[:, None, None]
     padded = F.pad(x, (pixels,) * 4).permute(0, 2, 3, 1)
     return padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def random_view(x: Tensor, random: torch.Generator) -> Tensor:
+    """Each image seen from a little nearer or further, off centre, mirrored half of the time, in another light.
+
+    For learning another model's answers, not labels: a mirrored sign may mean something else.
+
+    Args:
+        x: (N, C, H, W) images in [0, 1].
+        random: a CPU generator.
+    """
+    n = len(x)
+
+    def uniform(low: float, high: float) -> Tensor:
+        return low + (high - low) * torch.rand(n, generator=random)
+
+    affine = torch.zeros(n, 2, 3)
+    scale, mirror = uniform(0.7, 1.05), torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
+    affine[:, 0, 0], affine[:, 1, 1] = scale * mirror, scale
+    affine[:, 0, 2], affine[:, 1, 2] = uniform(-0.25, 0.25), uniform(-0.25, 0.25)
+    grid = F.affine_grid(affine.to(x.device), list(x.shape), align_corners=False)
+    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    contrast, brightness = (uniform(0.7, 1.3).to(x.device)[:, None, None, None] for _ in range(2))
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return (((x - mean) * contrast + mean) * brightness).clamp(0, 1)
+
+
+def mixed(x: Tensor, random: torch.Generator) -> Tensor:
+    """Each image with another of the batch showing through, by up to a half (mixup, Zhang et al., ICLR 2018)."""
+    share = (0.5 + 0.5 * torch.rand(len(x), 1, 1, 1, generator=random)).to(x.device)
+    return share * x + (1 - share) * x[torch.randperm(len(x), generator=random)]

@@ -1,1 +1,1 @@
-"""What the exposed model gives away: the backdoor's label and its trigger."""
+"""What gives a backdoor away: the label and the trigger that the exposed model shows, and large margins."""

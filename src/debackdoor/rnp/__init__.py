@@ -1,1 +1,1 @@
-"""The three stages of Reconstructive Neuron Pruning, as functions that pass tensors."""
+"""The three stages of Reconstructive Neuron Pruning and what follows them, as functions that pass tensors."""
