@@ -294,7 +294,7 @@ def test_a_real_backdoor_is_found_and_weakened(digits_victim: DigitsVictim) -> N
     pruned = {(channel.layer, channel.index) for channel in result.plan}
     assert len(pruned) == len(result.plan) > 0
     repaired = dict(result.model.named_parameters())
-    assert all(float(repaired[f"{channel.layer}.weight"][channel.index]) == 0 for channel in result.plan)
+    assert all(repaired[f"{channel.layer}.weight"][channel.index].item() == 0 for channel in result.plan)
     assert [step.name for step in result.steps] == ["unlearn", "recover", "prune", "relearn", "verify"]
 
 

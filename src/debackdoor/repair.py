@@ -19,13 +19,18 @@ from debackdoor.detectors.label import PileUp, largest_pile_up
 from debackdoor.detectors.margin import Margins, largest_margins
 from debackdoor.errors import DebackdoorError, ModelError
 from debackdoor.models.forward import accuracy, predict
+from debackdoor.rnp.modes import uses_batch_statistics
 from debackdoor.rnp.relearn import relearn
 from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.runtime import resolve_device
 from debackdoor.types import CleanSet, Progress, RepairResult, Step, Verification
 
 EXPOSED_SHARE = 0.45
-"""How far above chance (1 / K) the share of answers on one label must be for a backdoor to count as exposed."""
+"""How far above chance (1 / K) the share of answers on one label must be for a backdoor to count as exposed.
+
+Only where batch normalisation holds activations in place while the clean task is forgotten: the answers of a plain
+VGG gathered on a label that was no backdoor's, with a backdoor and without.
+"""
 
 EASY = 2.0
 """A label whose smallest trigger is this many times smaller than the others' median is easy to reach."""
@@ -47,12 +52,12 @@ def repair(
     precision: str = "auto",
     progress: Progress | None = None,
 ) -> RepairResult:
-    """Removes the backdoor from a copy of ``model``, if unlearning exposes one.
+    """Removes the backdoor from a copy of ``model``, if unlearning, a small trigger or a large margin shows one.
 
     Args:
         model: any classifier of images (N, C, H, W) in [0, 1]; it is not changed.
         clean: the defender's trusted samples.
-        budget: how far accuracy on the hold-out part may fall, a fraction.
+        budget: how far accuracy on the hold-out part may fall, a fraction; relearning may add one standard error.
         seed: of the split, the order of the samples and the trigger search.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``auto``, ``fp32`` or ``bf16``.
@@ -74,7 +79,8 @@ def repair(
     examine = _Examination(fit, holdout, classes, seed, precision, progress)
     pile_up = largest_pile_up(exposure.unlearned.history)
     before = examine(suspect, pile_up.label)
-    exposed = pile_up.share >= 1 / classes + EXPOSED_SHARE or before.by_size or before.by_margin
+    piled_up = pile_up.share >= 1 / classes + EXPOSED_SHARE and uses_batch_statistics(suspect)
+    exposed = piled_up or before.by_size or before.by_margin
     plan = method.choose(suspect, exposure, holdout) if exposed else ()
     result = method.remove(suspect, exposure, plan, holdout)
     if exposed:

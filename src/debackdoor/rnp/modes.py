@@ -12,3 +12,8 @@ def normalisation_in_train_mode(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, _NormBase):
             module.train()
+
+
+def uses_batch_statistics(model: nn.Module) -> bool:
+    """Whether the model has normalisation layers that use batch statistics in train mode."""
+    return any(isinstance(module, _NormBase) for module in model.modules())
