@@ -261,6 +261,17 @@ def test_where_nothing_is_exposed_no_bit_changes(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("not_exposed")
+@pytest.mark.parametrize(("norm", "touched"), [(nn.Identity(), False), (nn.BatchNorm2d(4), True)])
+def test_a_pile_up_counts_only_with_batch_statistics(
+    norm: nn.Module, touched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(REPAIR, "largest_pile_up", lambda history: PileUp(1, 1.0))
+    model = quadrants()
+    model[1] = norm
+    assert db.repair(model.eval(), quadrant_set()).changed is touched
+
+
+@pytest.mark.usefixtures("not_exposed")
 def test_an_unlearning_that_did_not_get_there_is_inconclusive(monkeypatch: pytest.MonkeyPatch) -> None:
     learn = STAGES.unlearn
     monkeypatch.setattr(STAGES, "unlearn", lambda *given, **named: replace(learn(*given, **named), reason="steps"))
