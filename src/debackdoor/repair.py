@@ -82,10 +82,16 @@ def repair(
     piled_up = pile_up.share >= 1 / classes + EXPOSED_SHARE and uses_batch_statistics(suspect)
     exposed = piled_up or before.by_size or before.by_margin
     plan = method.choose(suspect, exposure, holdout) if exposed else ()
-    result = method.remove(suspect, exposure, plan, holdout)
+    result, after = method.remove(suspect, exposure, plan, holdout), before
     if exposed:
-        result = _relearned(result, suspect, exposure, (fit, holdout), method, progress)
-    after = examine(result.model, pile_up.label, before.label) if result.changed else before
+        pruned, result = result, _relearned(result, suspect, exposure, (fit, holdout), method, progress)
+        after = examine(result.model, pile_up.label, before.label)
+        if not _gone(before, after) and pruned.changed and result is not pruned:
+            # Relearning can wake what pruning had put to sleep; then pruning alone is the better repair.
+            alone = examine(pruned.model, pile_up.label, before.label)
+            if _gone(before, alone):
+                step = Step("take back", "relearning brought the backdoor back; pruning alone is kept")
+                result, after = replace(pruned, history=result.history, steps=(*result.steps, step)), alone
     verification = _judge(exposed, exposure.unlearned, pile_up, before, after)
     steps = (*result.steps, Step("verify", verification.message))
     return replace(result, model=result.model.to(home), verification=verification, steps=steps)
@@ -196,6 +202,13 @@ def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> N
         )
 
 
+def _gone(before: _Finding, after: _Finding) -> bool:
+    """Whether the label that stood out before no longer does."""
+    # A label that was learnt from triggers stays a little ahead after its backdoor is gone; by how much less counts.
+    still_ahead = after.margins.ratio - 1 > (before.margins.ratio - 1) / 2
+    return not (after.by_size or (after.by_margin and still_ahead))
+
+
 def _judge(exposed: bool, unlearned: Unlearned, pile_up: PileUp, before: _Finding, after: _Finding) -> Verification:
     """Whether the exposed label still stands out, by a fresh search of triggers and of margins."""
     evidence = {"exposed_label": pile_up.label, "exposed_share": pile_up.share}
@@ -220,9 +233,7 @@ def _judge(exposed: bool, unlearned: Unlearned, pile_up: PileUp, before: _Findin
         effort = f"a trigger to label {label} takes {before.sizes.pixels:.0f} pixels, to others "
         effort += f"{before.sizes.other_pixels:.0f}"
         return Verification(True, None, evidence, f"nothing is exposed; {where}, {effort}; the model is left as it is")
-    # A label that was learnt from triggers stays a little ahead after its backdoor is gone; by how much less counts.
-    still_ahead = after.margins.ratio - 1 > (before.margins.ratio - 1) / 2
-    passed = not (after.by_size or (after.by_margin and still_ahead))
+    passed = _gone(before, after)
     message = (
         f"{where}; now a trigger to label {label} takes {after.sizes.pixels:.0f} pixels ({before.sizes.pixels:.0f} "
         f"before), to others {after.sizes.other_pixels:.0f}, and the largest margin is {after.margins.ratio:.1f} times "
