@@ -18,7 +18,7 @@ from debackdoor.detectors.trigger import RecoveredTrigger
 from debackdoor.errors import DataError, DebackdoorError, ModelError
 from debackdoor.evaluation import evaluate
 from debackdoor.models import Normalized
-from debackdoor.types import CleanSet, RepairResult
+from debackdoor.types import CleanSet, PlannedChannel, RepairResult
 from rnp_cases import NAN, Dial, quadrant_set, quadrants
 
 # Not ``import debackdoor.repair as ...``, which is the function.
@@ -258,6 +258,23 @@ def test_where_nothing_is_exposed_no_bit_changes(monkeypatch: pytest.MonkeyPatch
     assert result.verification is not None
     assert (result.verification.passed, result.verification.label) == (True, None)
     assert "left as it is" in result.verification.message
+
+
+@pytest.mark.usefixtures("exposed")
+@pytest.mark.parametrize("pruning_was_enough", [True, False])
+def test_a_relearning_that_brings_the_backdoor_back_is_taken_back(
+    pruning_was_enough: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, answers = quadrants(), iter([False, pruning_was_enough, pruning_was_enough])
+    monkeypatch.setattr(RNP, "choose", lambda *_: (PlannedChannel("1", 2, 0.0),))
+    monkeypatch.setattr(REPAIR, "_gone", lambda before, after: next(answers))
+    result = db.repair(model, quadrant_set(), budget=0.5)
+    weights = model[1].weight.detach().clone()
+    weights[2] = 0
+    assert torch.equal(result.model[1].weight, weights) is pruning_was_enough
+    assert ("take back" in [step.name for step in result.steps]) is pruning_was_enough
+    assert result.verification is not None
+    assert result.verification.passed is pruning_was_enough
 
 
 @pytest.mark.usefixtures("not_exposed")
