@@ -14,17 +14,18 @@ from channel_cases import assert_as_found, snapshot
 from conftest import DigitsVictim, train_digits_victim
 from debackdoor.defenses import RNP
 from debackdoor.detectors.label import PileUp
-from debackdoor.detectors.trigger import RecoveredTrigger
+from debackdoor.detectors.perturbations import KINDS
+from debackdoor.detectors.shortcut import Shortcuts
 from debackdoor.errors import DataError, DebackdoorError, ModelError
 from debackdoor.evaluation import evaluate
 from debackdoor.models import Normalized
-from debackdoor.types import CleanSet, PlannedChannel, RepairResult
+from debackdoor.types import CleanSet, RepairResult
 from rnp_cases import NAN, Dial, quadrant_set, quadrants
 
 # Not ``import debackdoor.repair as ...``, which is the function.
 REPAIR = import_module("debackdoor.repair")
 STAGES = import_module("debackdoor.defenses.rnp")
-COMPARISON = import_module("debackdoor.detectors.comparison")
+EVIDENCE = import_module("debackdoor.detectors.evidence")
 
 
 def relabelled(y: Tensor) -> CleanSet:
@@ -148,13 +149,10 @@ def exposed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def not_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No label stands out, neither while the clean task is forgotten nor by its trigger."""
-
-    def equal(model: nn.Module, fit: CleanSet, holdout: CleanSet, labels: list[int], *_: object, **__: object) -> list:
-        return [RecoveredTrigger(label, torch.ones(1, 8, 8), torch.ones(1, 8, 8), 1.0, 64.0) for label in labels]
-
+    """No label stands out, neither while the clean task is forgotten nor by a shortcut."""
+    nowhere = Shortcuts({kind.kind: dict.fromkeys(range(4), 0.1) for kind in KINDS}, 0.1, 0.3)
     monkeypatch.setattr(REPAIR, "largest_pile_up", lambda history: PileUp(1, 0.0))
-    monkeypatch.setattr(COMPARISON, "search_triggers", equal)
+    monkeypatch.setattr(EVIDENCE, "find_shortcuts", lambda *_, **__: nowhere)
 
 
 @pytest.mark.usefixtures("exposed")
@@ -199,8 +197,8 @@ class StageError(Exception):
         (RNP, "choose"),
         (STAGES, "prune"),
         (REPAIR, "relearn"),
-        (REPAIR, "largest_margins"),
-        (COMPARISON, "search_triggers"),
+        (EVIDENCE, "largest_margins"),
+        (EVIDENCE, "find_shortcuts"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -258,23 +256,6 @@ def test_where_nothing_is_exposed_no_bit_changes(monkeypatch: pytest.MonkeyPatch
     assert result.verification is not None
     assert (result.verification.passed, result.verification.label) == (True, None)
     assert "left as it is" in result.verification.message
-
-
-@pytest.mark.usefixtures("exposed")
-@pytest.mark.parametrize("pruning_was_enough", [True, False])
-def test_a_relearning_that_brings_the_backdoor_back_is_taken_back(
-    pruning_was_enough: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, answers = quadrants(), iter([False, pruning_was_enough, pruning_was_enough])
-    monkeypatch.setattr(RNP, "choose", lambda *_: (PlannedChannel("1", 2, 0.0),))
-    monkeypatch.setattr(REPAIR, "_gone", lambda before, after: next(answers))
-    result = db.repair(model, quadrant_set(), budget=0.5)
-    weights = model[1].weight.detach().clone()
-    weights[2] = 0
-    assert torch.equal(result.model[1].weight, weights) is pruning_was_enough
-    assert ("take back" in [step.name for step in result.steps]) is pruning_was_enough
-    assert result.verification is not None
-    assert result.verification.passed is pruning_was_enough
 
 
 @pytest.mark.usefixtures("not_exposed")

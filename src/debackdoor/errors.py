@@ -36,3 +36,14 @@ def check_positive(**settings: float | None) -> None:
     for name, value in settings.items():
         if value is not None and not value > 0:
             raise DebackdoorError(f"expected {name} above 0, got {value}; correct it")
+
+
+def check_fraction(**settings: float | None) -> None:
+    """Checks fractions by name; None stands for one that is not given.
+
+    Raises:
+        DebackdoorError: if one is not from 0 to 1.
+    """
+    for name, value in settings.items():
+        if value is not None and not 0.0 <= value <= 1.0:
+            raise DebackdoorError(f"expected {name} from 0 to 1, got {value}; give a fraction such as 0.02")

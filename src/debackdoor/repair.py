@@ -7,39 +7,41 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from debackdoor.data import check_clean_set, split_clean
+from debackdoor.defenses.relearn import relearn
 from debackdoor.defenses.rnp import RNP, Exposure
-from debackdoor.detectors.comparison import TriggerComparison, TriggerSizes
-from debackdoor.detectors.label import PileUp, largest_pile_up
-from debackdoor.detectors.margin import Margins, largest_margins
-from debackdoor.errors import DebackdoorError, ModelError
+from debackdoor.detectors.evidence import Evidence, Examination, remains
+from debackdoor.detectors.label import PileUp, largest_pile_up, peak_share
+from debackdoor.errors import DebackdoorError, ModelError, check_fraction
 from debackdoor.models.forward import accuracy, predict
 from debackdoor.rnp.modes import uses_batch_statistics
-from debackdoor.rnp.relearn import relearn
-from debackdoor.rnp.unlearn import Unlearned
+from debackdoor.rnp.unlearn import Unlearned, unlearn
 from debackdoor.runtime import resolve_device
 from debackdoor.types import CleanSet, Progress, RepairResult, Step, Verification
 
-EXPOSED_SHARE = 0.45
-"""How far above chance (1 / K) the share of answers on one label must be for a backdoor to count as exposed.
+PILED_UP = 0.55
+"""How far above chance (1 / K) the share of answers on one label must be to speak for a backdoor.
 
 Only where batch normalisation holds activations in place while the clean task is forgotten: the answers of a plain
 VGG gathered on a label that was no backdoor's, with a backdoor and without.
 """
 
-EASY = 2.0
-"""A label whose smallest trigger is this many times smaller than the others' median is easy to reach."""
-
-RARE = 0.01
-"""A largest margin that is no more probable than this without a backdoor counts as one."""
-
 HOLDOUT = 0.25
 """The share of the clean set that decides; the rest teaches, and relearning needs it more."""
+
+WORDS = {
+    "pile-up": "the answers that gather on it while the clean task is forgotten",
+    "margin": "its largest margin",
+    "additive": "a faint universal pattern",
+    "patch": "a small universal patch",
+    "warp": "a slight universal warp",
+}
 
 
 def repair(
@@ -52,13 +54,14 @@ def repair(
     precision: str = "auto",
     progress: Progress | None = None,
 ) -> RepairResult:
-    """Removes the backdoor from a copy of ``model``, if unlearning, a small trigger or a large margin shows one.
+    """Removes the backdoor from a copy of ``model``, if unlearning, a large margin or a shortcut shows one.
 
     Args:
         model: any classifier of images (N, C, H, W) in [0, 1]; it is not changed.
         clean: the defender's trusted samples.
-        budget: how far accuracy on the hold-out part may fall, a fraction; relearning may add one standard error.
-        seed: of the split, the order of the samples and the trigger search.
+        budget: how far accuracy on clean images may fall, a fraction: half of it by pruning, all of it and one
+            standard error by relearning.
+        seed: of the split, the order of the samples and the searches.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``auto``, ``fp32`` or ``bf16``.
         progress: called from inside long loops.
@@ -69,106 +72,81 @@ def repair(
     """
     if seed < 0:
         raise DebackdoorError(f"expected a seed of at least 0, got {seed}; correct it")
+    check_fraction(budget=budget)
     place, home = resolve_device(device), _device_of(model)
     suspect, clean = copy.deepcopy(model).to(place).eval(), clean.to(place)
     check_works(suspect, clean, precision)
-    method = RNP(budget=budget, seed=seed, precision=precision)
-    fit, holdout = split_clean(clean, HOLDOUT, seed)
-    exposure = method.expose(suspect, fit, progress=progress)
-    classes = len(exposure.unlearned.label_shares)
-    examine = _Examination(fit, holdout, classes, seed, precision, progress)
+    case = _Case(suspect, clean, RNP(budget=budget / 2, seed=seed, precision=precision), budget, progress)
+    exposure = case.method.expose(suspect, case.fit, progress=progress)
     pile_up = largest_pile_up(exposure.unlearned.history)
-    before = examine(suspect, pile_up.label)
-    piled_up = pile_up.share >= 1 / classes + EXPOSED_SHARE and uses_batch_statistics(suspect)
-    exposed = piled_up or before.by_size or before.by_margin
-    plan = method.choose(suspect, exposure, holdout) if exposed else ()
-    result, after = method.remove(suspect, exposure, plan, holdout), before
-    if exposed:
-        pruned, result = result, _relearned(result, suspect, exposure, (fit, holdout), method, progress)
-        after = examine(result.model, pile_up.label, before.label)
-        if not _gone(before, after) and pruned.changed and result is not pruned:
-            # Relearning can wake what pruning had put to sleep; then pruning alone is the better repair.
-            alone = examine(pruned.model, pile_up.label, before.label)
-            if _gone(before, alone):
-                step = Step("take back", "relearning brought the backdoor back; pruning alone is kept")
-                result, after = replace(pruned, history=result.history, steps=(*result.steps, step)), alone
-    verification = _judge(exposed, exposure.unlearned, pile_up, before, after)
+    before = case.examine(suspect, pile_up.label)
+    if pile_up.share >= 1 / case.classes + PILED_UP and uses_batch_statistics(suspect):
+        before = replace(before, pile_up=pile_up)
+    plan = case.method.choose(suspect, exposure, clean) if before.exposed else ()
+    result = case.method.remove(suspect, exposure, plan, case.holdout)
+    if before.exposed:
+        result = case.relearned(result, exposure, before)
+        after = case.examine_again(result.model, before)
+        verification = _judge(before, after)
+    else:
+        verification = _nothing(exposure.unlearned, pile_up, before)
     steps = (*result.steps, Step("verify", verification.message))
     return replace(result, model=result.model.to(home), verification=verification, steps=steps)
 
 
-def _relearned(
-    result: RepairResult,
-    suspect: nn.Module,
-    exposure: Exposure,
-    parts: tuple[CleanSet, CleanSet],
-    method: RNP,
-    progress: Progress | None,
-) -> RepairResult:
-    """The result with the kept channels taught anew, or with pruning alone where that costs too much accuracy."""
-    learned = relearn(
-        suspect,
-        exposure.layers,
-        result.plan,
-        *parts,
-        method.budget,
-        seed=method.seed,
-        precision=method.precision,
-        progress=progress,
-    )
-    numbers = {"lr": learned.lr, "accuracy": learned.accuracy}
-    history = {**result.history, "relearn": learned.history}
-    if learned.model is None:
-        step = Step("relearn", "given up: every step size costs more accuracy than the budget", numbers)
-        return replace(result, history=history, steps=(*result.steps, step))
-    step = Step("relearn", "the kept channels, from labels and the pruned model's answers on clean images", numbers)
-    rates = {**result.clean_accuracy, "after": learned.accuracy}
-    steps = (*result.steps, step)
-    return replace(result, model=learned.model, clean_accuracy=rates, history=history, steps=steps, changed=True)
+class _Case:
+    """What every step of one repair works with."""
 
+    def __init__(
+        self, suspect: nn.Module, clean: CleanSet, method: RNP, budget: float, progress: Progress | None
+    ) -> None:
+        self.suspect, self.clean, self.method, self.budget, self.progress = suspect, clean, method, budget, progress
+        self.fit, self.holdout = split_clean(clean, HOLDOUT, method.seed)
+        self.classes = predict(suspect, clean.x[:2], precision=method.precision).shape[1]
 
-@dataclass(frozen=True)
-class _Finding:
-    """What the searches on one model say of one label."""
+    def examine(self, model: nn.Module, first: int, labels: Sequence[int] | None = None) -> Evidence:
+        """Margins and shortcuts of a model, always by the same searches."""
+        look = Examination(self.fit, self.holdout, self.classes, self.method.seed, self.method.precision, self.progress)
+        return look(model, first, labels)
 
-    label: int
-    margins: Margins
-    sizes: TriggerSizes
+    def pile_up_again(self, model: nn.Module, label: int) -> PileUp:
+        """How far the answers of another model gather on the label while it forgets the clean task."""
+        m = self.method
+        again = unlearn(model, self.fit, m.unlearning, seed=m.seed, precision=m.precision, progress=self.progress)
+        return PileUp(label, peak_share(again.history, label))
 
-    @property
-    def by_size(self) -> bool:
-        return self.sizes.ease >= EASY
-
-    @property
-    def by_margin(self) -> bool:
-        return self.margins.p_value <= RARE and self.margins.label == self.label
-
-
-@dataclass(frozen=True)
-class _Examination:
-    """The same searches for every model, before and after."""
-
-    fit: CleanSet
-    holdout: CleanSet
-    num_classes: int
-    seed: int
-    precision: str
-    progress: Progress | None
-
-    def __call__(self, model: nn.Module, piled_up: int, label: int | None = None) -> _Finding:
-        """Examines ``label``; without one, the label whose margin stands out or else that of the pile-up."""
-        margins = largest_margins(
-            model,
-            self.fit.x,
-            self.num_classes,
-            seed=self.seed,
-            precision=self.precision,
+    def relearned(self, result: RepairResult, exposure: Exposure, evidence: Evidence) -> RepairResult:
+        """The result with triggers unlearned, or with pruning alone where that costs too much accuracy."""
+        learned = relearn(
+            self.suspect,
+            exposure.layers,
+            result.plan,
+            self.fit,
+            self.holdout,
+            self.budget,
+            evidence.aims,
+            seed=self.method.seed,
+            precision=self.method.precision,
             progress=self.progress,
         )
-        if label is None:
-            label = margins.label if margins.p_value <= RARE else piled_up
-        search = TriggerComparison(label, self.fit, self.holdout, self.seed, self.precision, self.progress)
-        return _Finding(label, margins, search(model))
+        numbers = {"lr": learned.lr, "accuracy": learned.accuracy, "triggers": len(evidence.aims)}
+        history = {**result.history, "relearn": learned.history}
+        if learned.model is None:
+            step = Step("relearn", "given up: every step size costs more accuracy than the budget", numbers)
+            return replace(result, history=history, steps=(*result.steps, step))
+        why = "the clean task from labels and the pruned model's answers, and triggers that were searched for unlearned"
+        rates = {**result.clean_accuracy, "after": learned.accuracy}
+        steps = (*result.steps, Step("relearn", why, numbers))
+        return replace(result, model=learned.model, clean_accuracy=rates, history=history, steps=steps, changed=True)
+
+    def examine_again(self, model: nn.Module, before: Evidence) -> Evidence:
+        """The same searches on the repaired model, and another unlearning where a pile-up alone had told a label."""
+        labels = list(before.shortcuts.rates["patch"])
+        after = self.examine(model, labels[0], labels)
+        if before.pile_up is None or before.reasons[before.pile_up.label] != ("pile-up",):
+            return after
+        again = self.pile_up_again(model, before.pile_up.label)
+        return replace(after, pile_up=again if again.share > before.pile_up.share / 2 else None)
 
 
 def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> None:
@@ -202,44 +180,43 @@ def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> N
         )
 
 
-def _gone(before: _Finding, after: _Finding) -> bool:
-    """Whether the label that stood out before no longer does."""
-    # A label that was learnt from triggers stays a little ahead after its backdoor is gone; by how much less counts.
-    still_ahead = after.margins.ratio - 1 > (before.margins.ratio - 1) / 2
-    return not (after.by_size or (after.by_margin and still_ahead))
+def _judge(before: Evidence, after: Evidence) -> Verification:
+    """Whether what was suspect before still is, by a fresh search."""
+    left = remains(before, after)
+    passed = not left and not after.all_to_all
+    found = [f"label {label} stands out by {_listed(why)}" for label, why in before.reasons.items()]
+    if before.all_to_all:
+        found.append(f"a small patch leads {before.shortcuts.away:.0%} of the images away from their labels, to many")
+    if passed:
+        now = "after the repair nothing of this is found any more"
+    elif left:
+        now = f"after the repair it is still there for label {', '.join(map(str, left))}"
+    else:
+        now = f"after the repair such a patch still leads {after.shortcuts.away:.0%} away"
+    evidence = {**before.numbers("before"), **after.numbers("after")}
+    return Verification(passed, before.label, evidence, f"{'; '.join(found)}; {now}")
 
 
-def _judge(exposed: bool, unlearned: Unlearned, pile_up: PileUp, before: _Finding, after: _Finding) -> Verification:
-    """Whether the exposed label still stands out, by a fresh search of triggers and of margins."""
-    evidence = {"exposed_label": pile_up.label, "exposed_share": pile_up.share}
-    for when, found in (("before", before), ("after", after)):
-        evidence |= {
-            f"margin_ratio_{when}": found.margins.ratio,
-            f"margin_p_value_{when}": found.margins.p_value,
-            f"trigger_pixels_{when}": found.sizes.pixels,
-            f"trigger_success_{when}": found.sizes.success_rate,
-            f"other_trigger_pixels_{when}": found.sizes.other_pixels,
-        }
-    label = before.label
-    where = f"label {pile_up.label}: {pile_up.share:.0%} of the answers gather on it while the clean task is forgotten"
-    where += f"; label {before.margins.label}: its largest margin is {before.margins.ratio:.1f} times the others'"
-    if not exposed:
-        if unlearned.reason in ("steps", "stuck"):
-            message = (
-                f"inconclusive: the clean task was not unlearned (accuracy {unlearned.accuracy:.0%}), so nothing could "
-                "be exposed; give more clean images"
-            )
-            return Verification(False, None, evidence, message, conclusive=False)
-        effort = f"a trigger to label {label} takes {before.sizes.pixels:.0f} pixels, to others "
-        effort += f"{before.sizes.other_pixels:.0f}"
-        return Verification(True, None, evidence, f"nothing is exposed; {where}, {effort}; the model is left as it is")
-    passed = _gone(before, after)
+def _nothing(unlearned: Unlearned, pile_up: PileUp, evidence: Evidence) -> Verification:
+    """What there is to say of a model that is left as it is."""
+    numbers = {"pile_up_label": pile_up.label, "pile_up_share": pile_up.share, **evidence.numbers("before")}
+    if unlearned.reason in ("steps", "stuck"):
+        message = (
+            f"inconclusive: the clean task was not unlearned (accuracy {unlearned.accuracy:.0%}), so nothing could "
+            "be exposed; give more clean images"
+        )
+        return Verification(False, None, numbers, message, conclusive=False)
     message = (
-        f"{where}; now a trigger to label {label} takes {after.sizes.pixels:.0f} pixels ({before.sizes.pixels:.0f} "
-        f"before), to others {after.sizes.other_pixels:.0f}, and the largest margin is {after.margins.ratio:.1f} times "
-        f"the others': {'the label is no easier to reach' if passed else 'the backdoor is still there'}"
+        f"nothing is exposed: {pile_up.share:.0%} of the answers gather on label {pile_up.label} while the clean task "
+        f"is forgotten, the largest margin is {evidence.margins.ratio:.1f} times the others', and no small patch, "
+        "pattern or warp leads far more often to one label than to others; the model is left as it is"
     )
-    return Verification(passed, label, evidence, message)
+    return Verification(True, None, numbers, message)
+
+
+def _listed(reasons: Sequence[str]) -> str:
+    *most, last = (WORDS[reason] for reason in reasons)
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _device_of(model: nn.Module) -> torch.device:

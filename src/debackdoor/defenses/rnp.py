@@ -16,7 +16,7 @@ from torch import nn
 from debackdoor.channels import MaskableLayer, find_channels, masked_call
 from debackdoor.data import split_clean
 from debackdoor.defenses.base import Defense
-from debackdoor.errors import DebackdoorError
+from debackdoor.errors import check_fraction
 from debackdoor.models.forward import accuracy, predict
 from debackdoor.rnp.prune import Cost, below, plan_mask, prune, rank, spared
 from debackdoor.rnp.recover import Recovered, RecoverSettings, recover
@@ -46,7 +46,7 @@ class RNP(Defense):
     """Unlearn, recover, prune; blind: nothing but the clean set chooses how much is pruned.
 
     Attributes:
-        budget: how far hold-out accuracy may fall, a fraction; pruning goes as far along the ranking.
+        budget: how far accuracy on the clean images may fall, a fraction; pruning goes as far along the ranking.
         suspicious: channels with masks above this are not pruned.
         threshold: where given, prune every channel whose mask is at most this instead (the paper's rule).
         unlearning: hyper-parameters of stage 1.
@@ -65,9 +65,7 @@ class RNP(Defense):
     recovery: RecoverSettings = field(default_factory=RecoverSettings)
 
     def __post_init__(self) -> None:
-        for name, value in (("budget", self.budget), ("suspicious", self.suspicious), ("threshold", self.threshold)):
-            if value is not None and not 0.0 <= value <= 1.0:
-                raise DebackdoorError(f"expected {name} from 0 to 1, got {value}; give a fraction such as 0.02")
+        check_fraction(budget=self.budget, suspicious=self.suspicious, threshold=self.threshold)
 
     @classmethod
     def published(cls, threshold: float = 0.2, *, seed: int = 0, precision: str = "fp32") -> RNP:
@@ -90,7 +88,7 @@ class RNP(Defense):
         model = copy.deepcopy(model).eval()
         fit, holdout = split_clean(clean, seed=self.seed)
         exposure = self.expose(model, fit, progress=progress)
-        plan = self.choose(model, exposure, holdout)
+        plan = self.choose(model, exposure, clean)
         return self.remove(model, exposure, plan, holdout)
 
     def expose(self, model: nn.Module, fit: CleanSet, *, progress: Progress | None = None) -> Exposure:
@@ -102,12 +100,15 @@ class RNP(Defense):
         )
         return Exposure(unlearned, recovered, layers, rank(layers, recovered.mask, ties=recovered.mean_mask))
 
-    def choose(self, model: nn.Module, exposure: Exposure, holdout: CleanSet) -> Plan:
-        """The channels to prune, from the ranking and the hold-out part alone."""
+    def choose(self, model: nn.Module, exposure: Exposure, judges: CleanSet) -> Plan:
+        """The channels to prune, from the ranking and what each costs on the clean images ``judges``.
+
+        All clean images may judge: the masks were learned on the exposed model, and the suspect one was taught nothing.
+        """
         if self.threshold is not None:
             return below(exposure.ranking, self.threshold)
         candidates = below(exposure.ranking, self.suspicious)
-        return spared(candidates, lambda plan: self._cost(model, exposure, plan, holdout), self.budget)
+        return spared(candidates, lambda plan: self._cost(model, exposure, plan, judges), self.budget)
 
     def remove(self, model: nn.Module, exposure: Exposure, plan: Plan, holdout: CleanSet) -> RepairResult:
         """Stage 3: the pruned copy, and what it costs on the hold-out part."""
@@ -124,13 +125,13 @@ class RNP(Defense):
         history = {"unlearn": exposure.unlearned.history, "recover": exposure.recovered.history}
         return RepairResult(repaired, plan, rates, None, history, steps, changed=bool(plan))
 
-    def _cost(self, model: nn.Module, exposure: Exposure, plan: Plan, holdout: CleanSet) -> Cost:
+    def _cost(self, model: nn.Module, exposure: Exposure, plan: Plan, judges: CleanSet) -> Cost:
         """What pruning the plan costs, measured with masks: the model is not copied."""
-        mask = plan_mask(exposure.layers, plan, holdout.x.device)
-        logits = predict(lambda x: masked_call(model, exposure.layers, mask, x), holdout.x, precision=self.precision)
-        return Cost(accuracy(logits, holdout.y), F.cross_entropy(logits, holdout.y).item())
+        mask = plan_mask(exposure.layers, plan, judges.x.device)
+        logits = predict(lambda x: masked_call(model, exposure.layers, mask, x), judges.x, precision=self.precision)
+        return Cost(accuracy(logits, judges.y), F.cross_entropy(logits, judges.y).item())
 
     def _rule(self) -> str:
         if self.threshold is not None:
             return f"masks of at most {self.threshold}"
-        return f"as far as hold-out accuracy falls by at most {self.budget}"
+        return f"as far as accuracy on the clean images falls by at most {self.budget}"

@@ -37,3 +37,8 @@ def largest_pile_up(history: Sequence[Mapping[str, Any]]) -> PileUp:
         raise ValueError("expected at least one check in the history of unlearning, got none")
     share, label = max((share, -label) for row in history for label, share in enumerate(row["label_shares"]))
     return PileUp(-label, share)
+
+
+def peak_share(history: Sequence[Mapping[str, Any]], label: int) -> float:
+    """The largest share of answers that the label gets at any check."""
+    return max(float(row["label_shares"][label]) for row in history)

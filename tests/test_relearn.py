@@ -7,13 +7,16 @@ from torch import nn
 from channel_cases import assert_as_found, snapshot
 from debackdoor.channels import find_channels
 from debackdoor.data.augment import mixed, random_view
+from debackdoor.defenses.relearn import Relearned, RelearnSettings, relearn
+from debackdoor.detectors.shortcut import find_shortcuts
+from debackdoor.detectors.universal import aims_at
 from debackdoor.errors import DebackdoorError
 from debackdoor.models.forward import accuracy, predict
 from debackdoor.rnp.prune import prune
-from debackdoor.rnp.relearn import Relearned, RelearnSettings, relearn
 from debackdoor.runtime import generator
 from debackdoor.types import CleanSet, PlannedChannel
 from rnp_cases import harmful_set, one_harmful_channel, quadrant_set, quadrants
+from shortcut_cases import CLASSES, row_images, switched_to
 
 PLAN = (PlannedChannel("1", 2, 0.0), PlannedChannel("1", 0, 0.1))
 FIT, HOLDOUT = quadrant_set(60), quadrant_set(40, seed=1)
@@ -21,7 +24,7 @@ FIT, HOLDOUT = quadrant_set(60), quadrant_set(40, seed=1)
 
 def relearned(model: nn.Module, budget: float = 0.05, settings: RelearnSettings | None = None) -> Relearned:
     layers = find_channels(model, FIT.x[:1])
-    return relearn(model, layers, PLAN, FIT, HOLDOUT, budget, settings, precision="fp32")
+    return relearn(model, layers, PLAN, FIT, HOLDOUT, budget, settings=settings, precision="fp32")
 
 
 def hurt() -> nn.Sequential:
@@ -42,7 +45,7 @@ def test_labels_bring_back_what_the_model_does_not_know() -> None:
     assert found.model is not model
     assert not found.model.training
     assert found.accuracy == accuracy(predict(found.model, HOLDOUT.x), HOLDOUT.y) > 0.9
-    assert found.lr == 0.05
+    assert found.lr == 0.01
     assert [row["step"] for row in found.history] == list(range(1, 201))
     assert found.history[-1]["loss"] < found.history[0]["loss"]
 
@@ -66,11 +69,11 @@ def test_what_costs_more_than_the_budget_is_tried_in_smaller_steps_and_then_give
     images = harmful_set()
     layers = find_channels(model, images.x[:1])
     everything = tuple(PlannedChannel("0", index, 0.0) for index in range(3))
-    found = relearn(model, layers, everything, images, images, 0.05, RelearnSettings(steps=3, tries=3))
+    found = relearn(model, layers, everything, images, images, 0.05, settings=RelearnSettings(steps=3, tries=3))
     assert found.model is None
     assert found.accuracy == 0.5
-    assert found.lr == 0.05 / 4
-    assert [row["lr"] for row in found.history] == [0.05] * 3 + [0.025] * 3 + [0.0125] * 3
+    assert found.lr == 0.01 / 4
+    assert [row["lr"] for row in found.history] == [0.01] * 3 + [0.005] * 3 + [0.0025] * 3
 
 
 def test_steps_that_break_the_model_are_taken_back() -> None:
@@ -109,3 +112,33 @@ def test_flat_images_change_in_brightness_alone() -> None:
     seen = random_view(data.x, generator(0))
     assert torch.allclose(seen.amin((1, 2, 3)), seen.amax((1, 2, 3)), atol=1e-6)
     assert 0.34 < float(seen.min()) < 0.5 < float(seen.max()) < 0.66
+
+
+def test_triggers_towards_a_label_are_unlearned() -> None:
+    """A pixel in the corner that says class 2 says nothing any more, and the pixels that say the classes still do."""
+    model, data = switched_to(2), row_images(96)
+    layers = find_channels(model, data.x[:1])
+    before = find_shortcuts(model, data, data, range(CLASSES), precision="fp32")
+    assert before.lead("patch", 2) > 0.9
+    settings = RelearnSettings(steps=200)
+    left = {
+        aims: relearn(model, layers, (), data, data, 0.05, aims, settings, precision="fp32").model
+        for aims in ((), tuple(aims_at([2], 3)))
+    }
+    leads = []
+    for found in left.values():
+        assert found is not None
+        assert accuracy(predict(found, data.x), data.y) > 0.95
+        leads.append(find_shortcuts(found, data, data, range(CLASSES), precision="fp32").lead("patch", 2))
+    assert leads[0] > 0.5
+    assert leads[1] < 0.3
+
+
+def test_relearning_with_triggers_is_seeded() -> None:
+    model, aims = quadrants(), aims_at([1])
+    layers = find_channels(model, FIT.x[:1])
+    few = RelearnSettings(steps=4, head_start=3)
+    one, two, other = (
+        relearn(model, layers, (), FIT, HOLDOUT, 1.0, aims, few, seed=seed).history for seed in (1, 1, 2)
+    )
+    assert one == two != other

@@ -1,0 +1,151 @@
+"""All that speaks for a backdoor, taken together: which labels are suspect, and whether they still are later."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from debackdoor.detectors.label import PileUp
+from debackdoor.detectors.margin import Margins, largest_margins
+from debackdoor.detectors.perturbations import KINDS
+from debackdoor.detectors.shortcut import Shortcuts, find_shortcuts
+from debackdoor.detectors.universal import Aim, aims_at, patches_away
+from debackdoor.types import CleanSet, Progress
+
+RARE = 0.01
+"""A largest margin that is no more probable than this without a backdoor counts."""
+
+STANDS_OUT = 0.5
+"""A perturbation whose success is this far above what is usual counts."""
+
+MOST_LABELS = 12
+"""Shortcuts are searched for towards this many labels at most: those most suspect by other evidence."""
+
+TRIGGERS = 8
+"""At least this many perturbations stand in for the trigger when it is unlearned."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the searches on one model find.
+
+    Attributes:
+        margins: the largest margin of every label.
+        shortcuts: what small universal perturbations do.
+        pile_up: where answers piled up during unlearning, if that counts.
+    """
+
+    margins: Margins
+    shortcuts: Shortcuts
+    pile_up: PileUp | None = None
+
+    @property
+    def reasons(self) -> Mapping[int, tuple[str, ...]]:
+        """The suspect labels and what speaks against each, the most suspect first."""
+        found: dict[int, list[str]] = defaultdict(list)
+        if self.pile_up is not None:
+            found[self.pile_up.label].append("pile-up")
+        if self.margins.p_value <= RARE:
+            found[self.margins.label].append("margin")
+        for kind, rates in self.shortcuts.rates.items():
+            for label in rates:
+                if self.shortcuts.lead(kind, label) >= STANDS_OUT:
+                    found[label].append(kind)
+        order = sorted(found, key=lambda label: (-len(found[label]), -self._lead(label), label))
+        return {label: tuple(found[label]) for label in order}
+
+    def _lead(self, label: int) -> float:
+        return sum(self.shortcuts.lead(kind, label) for kind in self.shortcuts.rates)
+
+    @property
+    def all_to_all(self) -> bool:
+        """Whether a patch leads away from all labels, to no label of its own."""
+        return self.shortcuts.spread >= STANDS_OUT
+
+    @property
+    def exposed(self) -> bool:
+        return self.all_to_all or bool(self.reasons)
+
+    @property
+    def label(self) -> int | None:
+        """The most suspect label; None where there is none, or many (all-to-all)."""
+        return None if self.all_to_all else next(iter(self.reasons), None)
+
+    @property
+    def aims(self) -> list[Aim]:
+        """The triggers that it would take to unlearn what was found."""
+        labels = list(self.reasons)
+        aims = aims_at(labels, math.ceil(TRIGGERS / (len(KINDS) * max(1, len(labels)))))
+        return [*aims, *patches_away(TRIGGERS if self.all_to_all else 0)]
+
+    def numbers(self, when: str) -> dict[str, float]:
+        """For a record: margins, and for every kind the most suspect label's success and what is usual."""
+        numbers = {
+            f"margin_ratio_{when}": self.margins.ratio,
+            f"margin_p_value_{when}": self.margins.p_value,
+            f"away_{when}": self.shortcuts.away,
+        }
+        for kind, rates in self.shortcuts.rates.items():
+            best = max(rates, key=lambda label: rates[label])
+            numbers[f"{kind}_label_{when}"] = best
+            numbers[f"{kind}_success_{when}"] = rates[best]
+            numbers[f"{kind}_lead_{when}"] = self.shortcuts.lead(kind, best)
+        return numbers
+
+
+def remains(before: Evidence, after: Evidence) -> list[int]:
+    """The labels suspect before that still are."""
+    # A label that was learnt from triggers stays a little ahead after its backdoor is gone; by how much less counts.
+    ahead = after.margins.ratio - 1 > (before.margins.ratio - 1) / 2
+    forgiven = set() if ahead else {"margin"}
+    return [label for label in before.reasons if set(after.reasons.get(label, ())) - forgiven]
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The same searches for every model, before and after a repair.
+
+    Attributes:
+        fit: images that the searches learn from.
+        holdout: images that judge what they find.
+        num_classes: how many logits the model has.
+        seed: of the searches.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        progress: called from inside the searches.
+    """
+
+    fit: CleanSet
+    holdout: CleanSet
+    num_classes: int
+    seed: int = 0
+    precision: str = "auto"
+    progress: Progress | None = None
+
+    def __call__(self, model: nn.Module, first: int, labels: Sequence[int] | None = None) -> Evidence:
+        """Margins of all labels, and shortcuts to ``labels``; without these, to ``first`` and the largest margins'."""
+        margins = largest_margins(
+            model,
+            self.fit.x,
+            self.num_classes,
+            seed=self.seed,
+            precision=self.precision,
+            progress=self.progress,
+        )
+        if labels is None:
+            by_margin = [int(label) for label in np.argsort(margins.values)[::-1] if label != first]
+            labels = [first, *by_margin][:MOST_LABELS]
+        shortcuts = find_shortcuts(
+            model,
+            self.fit,
+            self.holdout,
+            labels,
+            seed=self.seed,
+            precision=self.precision,
+            progress=self.progress,
+        )
+        return Evidence(margins, shortcuts)

@@ -1,0 +1,95 @@
+"""Whether a small universal perturbation leads to one label, or away from all, far more often than is usual.
+
+Wang et al., "Neural Cleanse: Identifying and Mitigating Backdoor Attacks in Neural Networks", IEEE S&P 2019, section
+IV: a backdoor is a shortcut to its label. Here the size of the perturbation is fixed and its success compared, for
+patches, additive patterns and warps; a patch that leads away from the true labels finds all-to-all backdoors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+from torch import nn
+
+from debackdoor.detectors.perturbations import KINDS, Sizes
+from debackdoor.detectors.universal import AWAY, Aim, UniversalSearch, aims_at, patches_away
+from debackdoor.models.forward import accuracy, predict
+from debackdoor.types import CleanSet, Progress
+
+STEPS = 80
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """How often the perturbations that were found work on hold-out images.
+
+    Attributes:
+        rates: by kind and label: the share of images of other labels that the perturbation sends there.
+        away: the share of rightly classified images that the best patch leads away from their labels.
+        gathered: the largest share of that patch's answers on one label.
+    """
+
+    rates: Mapping[str, Mapping[int, float]]
+    away: float
+    gathered: float
+
+    def lead(self, kind: str, label: int) -> float:
+        """How far the label's rate is above the other labels' median."""
+        rates = self.rates[kind]
+        others = [rate for other, rate in rates.items() if other != label]
+        return rates.get(label, 0.0) - median(others or [0.0])
+
+    @property
+    def spread(self) -> float:
+        """How much more often a patch leads away than to any one label: large for all-to-all backdoors alone."""
+        return self.away - max(*self.rates["patch"].values(), self.gathered)
+
+
+def find_shortcuts(
+    model: nn.Module,
+    fit: CleanSet,
+    holdout: CleanSet,
+    labels: Sequence[int],
+    *,
+    steps: int = STEPS,
+    seed: int = 0,
+    precision: str = "auto",
+    progress: Progress | None = None,
+) -> Shortcuts:
+    """One perturbation of every kind towards each of ``labels`` and two patches towards none, learned on ``fit``.
+
+    Args:
+        model: in eval mode; it gets no gradients.
+        fit: images that the search learns from.
+        holdout: images that judge what it finds.
+        labels: which; the other labels' rates tell what is usual, so a dozen is better than two.
+        steps: of the search.
+        seed: of the search.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        progress: called after every step.
+    """
+    search = UniversalSearch([*aims_at(labels), *patches_away(2)], fit.x, Sizes(), seed)
+    search.run(model, fit, steps, precision=precision, progress=progress)
+    rates: dict[str, dict[int, float]] = {kind.kind: {} for kind in KINDS}
+    away = gathered = 0.0
+    right = accuracy(predict(model, holdout.x, precision=precision), holdout.y)
+    for number, aim in enumerate(search.aims):
+        if aim.target == AWAY:
+            answers = search.answers(model, holdout.x, number, precision=precision)
+            share = right - float((answers == holdout.y).float().mean())
+            if share >= away:
+                away, gathered = share, float(answers.bincount().max()) / len(answers)
+        else:
+            rates[aim.kind.kind][aim.target] = _success(search, model, holdout, number, aim, precision)
+    return Shortcuts(rates, away, gathered)
+
+
+def _success(
+    search: UniversalSearch, model: nn.Module, holdout: CleanSet, number: int, aim: Aim, precision: str
+) -> float:
+    others = holdout.x[holdout.y != aim.target]
+    if not len(others):
+        return 0.0
+    return float((search.answers(model, others, number, precision=precision) == aim.target).float().mean())

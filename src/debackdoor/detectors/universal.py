@@ -1,0 +1,123 @@
+"""The search for universal perturbations that send images to a label, or away from their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from debackdoor.data.augment import random_shift
+from debackdoor.detectors.perturbations import KINDS, Patch, Perturbations, Sizes
+from debackdoor.models.forward import logits_of, predict
+from debackdoor.runtime import autocast, generator
+from debackdoor.types import CleanSet, Progress
+
+AWAY = -1
+"""The target of a perturbation that may lead to any label but the image's own."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """One perturbation to search for: its kind, and the label it leads to, or :data:`AWAY`."""
+
+    kind: type[Perturbations]
+    target: int
+
+
+def aims_at(labels: Sequence[int], count: int = 1) -> list[Aim]:
+    """``count`` perturbations of every kind towards every label."""
+    return [Aim(kind, label) for kind in KINDS for label in labels for _ in range(count)]
+
+
+class UniversalSearch:
+    """Adam on several perturbations at once, each with its own aim; they share their forward passes.
+
+    Attributes:
+        aims: what is searched for, in the order of the indices that :meth:`apply` takes.
+    """
+
+    def __init__(self, aims: Sequence[Aim], like: Tensor, sizes: Sizes, seed: int) -> None:
+        """Starts from random perturbations of images like ``like`` (N, C, H, W)."""
+        self.random = generator(seed)
+        self.aims = sorted(aims, key=lambda aim: KINDS.index(aim.kind))
+        self.targets = torch.tensor([aim.target for aim in self.aims], device=like.device)
+        counts = [sum(aim.kind is kind for aim in self.aims) for kind in KINDS]
+        self.groups = [
+            kind(count, like.shape[1:], sizes, self.random).to(like.device)
+            for kind, count in zip(KINDS, counts, strict=True)
+            if count
+        ]
+        self.optimizer = torch.optim.Adam(
+            [{"params": group.parameters, "lr": group.lr} for group in self.groups], betas=(0.5, 0.9)
+        )
+
+    def __len__(self) -> int:
+        return len(self.aims)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [value for group in self.groups for value in group.parameters]
+
+    def apply(self, x: Tensor, index: Tensor) -> Tensor:
+        """The images (N, C, H, W) in [0, 1], each under the perturbation that ``index`` (N,) names."""
+        out, first = x.clone(), 0
+        for group in self.groups:
+            count = len(group.parameters[0])
+            chosen = ((index >= first) & (index < first + count)).nonzero()[:, 0]
+            if len(chosen):
+                out = out.index_copy(0, chosen, group.apply(x[chosen], index[chosen] - first))
+            first += count
+        return out
+
+    def loss(self, logits: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        """What the perturbations descend: the sum over the images of how far their answers are from the aims'."""
+        target = self.targets[index]
+        towards = F.cross_entropy(logits, target.clamp(min=0), reduction="none")
+        # Bounded, so that an image that is far from its label already does not outvote the others.
+        away = -F.cross_entropy(logits, y, reduction="none").clamp(max=8)
+        return torch.where(target == AWAY, away, towards).sum()
+
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        """One step along the gradients of :meth:`loss` with respect to :attr:`parameters`."""
+        for value, gradient in zip(self.parameters, gradients, strict=True):
+            value.grad = torch.zeros_like(value) if gradient is None else gradient
+        self.optimizer.step()
+        for group in self.groups:
+            group.project()
+
+    def run(
+        self,
+        model: nn.Module,
+        fit: CleanSet,
+        steps: int,
+        images: int = 8,
+        *,
+        precision: str = "auto",
+        progress: Progress | None = None,
+    ) -> UniversalSearch:
+        """``steps`` steps on the model as it is, with ``images`` images a perturbation; returns itself."""
+        index = torch.arange(len(self), device=fit.x.device).repeat_interleave(images)
+        for done in range(steps):
+            drawn = torch.randint(len(fit), (len(index),), generator=self.random)
+            x = self.apply(random_shift(fit.x[drawn], round(fit.x.shape[-1] / 16), self.random), index)
+            with autocast(x.device, precision):
+                logits = logits_of(model(x)).float()
+            loss = self.loss(logits, fit.y[drawn], index) / images
+            self.step(torch.autograd.grad(loss, self.parameters))
+            if progress is not None:
+                progress("search perturbations", done + 1, steps, {"loss": loss.item() / len(self)})
+        return self
+
+    @torch.no_grad()
+    def answers(self, model: nn.Module, x: Tensor, number: int, *, precision: str = "auto") -> Tensor:
+        """The model's labels (N,) for all images under one of the perturbations."""
+        index = torch.full((len(x),), number, device=x.device)
+        return predict(model, self.apply(x, index), precision=precision).argmax(1)
+
+
+def patches_away(count: int) -> list[Aim]:
+    """Patches that may lead anywhere: what an all-to-all backdoor answers to."""
+    return [Aim(Patch, AWAY)] * count
