@@ -9,7 +9,7 @@ from torch import nn
 from channel_cases import assert_as_found, snapshot
 from debackdoor.channels import count_channels, find_channels
 from debackdoor.data import split_clean
-from debackdoor.defenses import RNP, Defense
+from debackdoor.defenses import RNP, Defense, FineTuning
 from debackdoor.errors import DataError, DebackdoorError
 from debackdoor.rnp.prune import Cost, below, plan_mask, rank, spared
 from debackdoor.rnp.recover import RecoverSettings
@@ -154,3 +154,45 @@ def test_the_callers_model_is_left_alone_and_the_seed_decides() -> None:
     with pytest.raises(DataError, match="at least 2 images"):
         RNP(**QUICK)(model, clean.subset(torch.tensor([0])))
     assert_as_found(model, before)
+
+
+def unsure() -> nn.Sequential:
+    """Right on no image of classes 0 and 1, and with dropout before the head."""
+    model = quadrants()
+    with torch.no_grad():
+        model[5].weight[:2] = model[5].weight[[1, 0]].clone()
+    model.insert(5, nn.Dropout(0.2))
+    return model
+
+
+def test_fine_tuning_learns_the_labels_and_changes_nothing_else() -> None:
+    model, clean = unsure().train(), quadrant_set()
+    model[0].weight.requires_grad_(False)
+    before, state = snapshot(model), torch.get_rng_state()
+    heard: list[str] = []
+    one = FineTuning(lr=0.1, precision="fp32")(model, clean, progress=lambda stage, *_: heard.append(stage))
+    assert_as_found(model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert one.clean_accuracy["before"] == 0.5
+    assert one.clean_accuracy["after"] > 0.9
+    assert one.changed
+    assert one.plan == ()
+    assert not one.model.training
+    assert [p.requires_grad for p in one.model.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert len(one.history["fine-tune"]) == len(heard) == 20
+    torch.manual_seed(99)  # the surroundings must not matter
+    assert FineTuning(lr=0.1, precision="fp32")(unsure(), clean).history == one.history
+    assert FineTuning(lr=0.1, precision="fp32", seed=1)(unsure(), clean).history != one.history
+
+
+def test_fine_tuning_can_hold_images_out() -> None:
+    clean = quadrant_set()
+    result = FineTuning(lr=0.1, epochs=2, holdout=0.5, precision="fp32")(unsure(), clean)
+    _, judges = split_clean(clean, 0.5, 0)
+    assert result.clean_accuracy["before"] == float((unsure()(judges.x).argmax(1) == judges.y).float().mean())
+
+
+@pytest.mark.parametrize("name", ["lr", "epochs", "batch_size"])
+def test_bad_settings_of_fine_tuning_are_refused(name: str) -> None:
+    with pytest.raises(DebackdoorError, match=f"{name} above 0, got 0"):
+        FineTuning(**{name: 0})

@@ -20,7 +20,7 @@ def evidence(
 ) -> Evidence:
     """Nothing suspect but what is named: a margin's label, ratio and p-value, and success rates by kind and label."""
     rates = {kind.kind: USUAL | stands_out.get(kind.kind, {}) for kind in KINDS}
-    return Evidence(Margins((), *margin), Shortcuts(rates, away, 0.2), pile_up)
+    return Evidence(Margins((1.0,) * 5, *margin), Shortcuts(rates, away, 0.2), pile_up)
 
 
 def test_nothing_suspect() -> None:
@@ -60,6 +60,16 @@ def test_all_to_all_has_no_label_and_patches_that_lead_away() -> None:
     assert found.exposed
     assert found.label is None
     assert {(aim.kind, aim.target) for aim in found.aims} == {(Patch, AWAY)}
+
+
+def test_two_faint_signs_count_where_they_agree() -> None:
+    faint = PileUp(3, 0.5)
+    assert not evidence(pile_up=faint).exposed
+    assert not evidence(margin=(3, 1.9, 0.04)).exposed
+    assert not evidence(margin=(2, 1.9, 0.04), pile_up=faint).exposed
+    assert not evidence(margin=(3, 1.9, 0.06), pile_up=faint).exposed
+    assert not evidence(margin=(3, 1.9, 0.04), pile_up=PileUp(3, 0.4)).exposed
+    assert evidence(margin=(3, 1.9, 0.04), pile_up=faint).reasons == {3: ("pile-up", "margin")}
 
 
 def test_what_is_no_longer_found_is_gone() -> None:

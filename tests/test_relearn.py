@@ -45,7 +45,7 @@ def test_labels_bring_back_what_the_model_does_not_know() -> None:
     assert found.model is not model
     assert not found.model.training
     assert found.accuracy == accuracy(predict(found.model, HOLDOUT.x), HOLDOUT.y) > 0.9
-    assert found.lr == 0.01
+    assert found.lr == 0.02
     assert [row["step"] for row in found.history] == list(range(1, 201))
     assert found.history[-1]["loss"] < found.history[0]["loss"]
 
@@ -72,8 +72,8 @@ def test_what_costs_more_than_the_budget_is_tried_in_smaller_steps_and_then_give
     found = relearn(model, layers, everything, images, images, 0.05, settings=RelearnSettings(steps=3, tries=3))
     assert found.model is None
     assert found.accuracy == 0.5
-    assert found.lr == 0.01 / 4
-    assert [row["lr"] for row in found.history] == [0.01] * 3 + [0.005] * 3 + [0.0025] * 3
+    assert found.lr == 0.02 / 4
+    assert [row["lr"] for row in found.history] == [0.02] * 3 + [0.01] * 3 + [0.005] * 3
 
 
 def test_steps_that_break_the_model_are_taken_back() -> None:

@@ -25,13 +25,6 @@ from debackdoor.rnp.unlearn import Unlearned, unlearn
 from debackdoor.runtime import resolve_device
 from debackdoor.types import CleanSet, Progress, RepairResult, Step, Verification
 
-PILED_UP = 0.55
-"""How far above chance (1 / K) the share of answers on one label must be to speak for a backdoor.
-
-Only where batch normalisation holds activations in place while the clean task is forgotten: the answers of a plain
-VGG gathered on a label that was no backdoor's, with a backdoor and without.
-"""
-
 HOLDOUT = 0.25
 """The share of the clean set that decides; the rest teaches, and relearning needs it more."""
 
@@ -80,7 +73,7 @@ def repair(
     exposure = case.method.expose(suspect, case.fit, progress=progress)
     pile_up = largest_pile_up(exposure.unlearned.history)
     before = case.examine(suspect, pile_up.label)
-    if pile_up.share >= 1 / case.classes + PILED_UP and uses_batch_statistics(suspect):
+    if uses_batch_statistics(suspect):
         before = replace(before, pile_up=pile_up)
     plan = case.method.choose(suspect, exposure, clean) if before.exposed else ()
     result = case.method.remove(suspect, exposure, plan, case.holdout)
@@ -143,10 +136,9 @@ class _Case:
         """The same searches on the repaired model, and another unlearning where a pile-up alone had told a label."""
         labels = list(before.shortcuts.rates["patch"])
         after = self.examine(model, labels[0], labels)
-        if before.pile_up is None or before.reasons[before.pile_up.label] != ("pile-up",):
+        if before.pile_up is None or before.reasons.get(before.pile_up.label) != ("pile-up",):
             return after
-        again = self.pile_up_again(model, before.pile_up.label)
-        return replace(after, pile_up=again if again.share > before.pile_up.share / 2 else None)
+        return replace(after, pile_up=self.pile_up_again(model, before.pile_up.label))
 
 
 def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from debackdoor.defenses.base import Defense
+from debackdoor.defenses.finetune import FineTuning
 from debackdoor.defenses.rnp import RNP
 
-__all__ = ["RNP", "Defense"]
+__all__ = ["RNP", "Defense", "FineTuning"]

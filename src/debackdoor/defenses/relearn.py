@@ -56,7 +56,7 @@ class RelearnSettings:
         tries: how often learning begins anew, each time with half the step size, when it costs too much accuracy.
     """
 
-    lr: float = 0.01
+    lr: float = 0.02
     momentum: float = 0.9
     weight_decay: float = 5e-4
     clip: float = 5.0

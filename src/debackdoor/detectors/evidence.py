@@ -17,8 +17,14 @@ from debackdoor.detectors.shortcut import Shortcuts, find_shortcuts
 from debackdoor.detectors.universal import Aim, aims_at, patches_away
 from debackdoor.types import CleanSet, Progress
 
-RARE = 0.01
-"""A largest margin that is no more probable than this without a backdoor counts."""
+RARE, FAIRLY_RARE = 0.001, 0.05
+"""A largest margin that is no more probable than this without a backdoor counts, alone or with a faint pile-up."""
+
+PILED_UP, FAINT = 0.55, 0.25
+"""How far above chance (1 / K) the share of answers on one label must be to count, alone or with a fairly rare margin.
+
+That two faint signs name the same label by chance is one in K.
+"""
 
 STANDS_OUT = 0.5
 """A perturbation whose success is this far above what is usual counts."""
@@ -37,7 +43,9 @@ class Evidence:
     Attributes:
         margins: the largest margin of every label.
         shortcuts: what small universal perturbations do.
-        pile_up: where answers piled up during unlearning, if that counts.
+        pile_up: where answers piled up during unlearning; None where that tells nothing. Only batch normalisation
+            holds activations in place while the clean task is forgotten: the answers of a plain VGG gathered on a
+            label that was no backdoor's, with a backdoor and without.
     """
 
     margins: Margins
@@ -48,9 +56,12 @@ class Evidence:
     def reasons(self) -> Mapping[int, tuple[str, ...]]:
         """The suspect labels and what speaks against each, the most suspect first."""
         found: dict[int, list[str]] = defaultdict(list)
-        if self.pile_up is not None:
+        above = 0.0 if self.pile_up is None else self.pile_up.share - 1 / len(self.margins.values)
+        agreed = self.pile_up is not None and self.pile_up.label == self.margins.label
+        agreed = agreed and above >= FAINT and self.margins.p_value <= FAIRLY_RARE
+        if self.pile_up is not None and (agreed or above >= PILED_UP):
             found[self.pile_up.label].append("pile-up")
-        if self.margins.p_value <= RARE:
+        if agreed or self.margins.p_value <= RARE:
             found[self.margins.label].append("margin")
         for kind, rates in self.shortcuts.rates.items():
             for label in rates:
@@ -85,11 +96,14 @@ class Evidence:
 
     def numbers(self, when: str) -> dict[str, float]:
         """For a record: margins, and for every kind the most suspect label's success and what is usual."""
-        numbers = {
+        numbers: dict[str, float] = {
+            f"margin_label_{when}": self.margins.label,
             f"margin_ratio_{when}": self.margins.ratio,
             f"margin_p_value_{when}": self.margins.p_value,
             f"away_{when}": self.shortcuts.away,
         }
+        if self.pile_up is not None:
+            numbers |= {f"pile_up_label_{when}": self.pile_up.label, f"pile_up_share_{when}": self.pile_up.share}
         for kind, rates in self.shortcuts.rates.items():
             best = max(rates, key=lambda label: rates[label])
             numbers[f"{kind}_label_{when}"] = best

@@ -1,0 +1,124 @@
+"""Markdown tables of repair records."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Record = Mapping[str, Any]
+
+HEADER = """\
+| model | CA before | CA after | ASR before | ASR after | RA after | DER | label | check | pruned | seconds |
+|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def render(records: Sequence[Record]) -> str:
+    """The table of all records, one row a model, and what they come to together."""
+    by_model: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_model[record["model"]].append(record)
+    return "\n".join([HEADER, *(row(rows) for rows in by_model.values()), "", summary(records)])
+
+
+def summary(records: Sequence[Record]) -> str:
+    """One sentence on the backdoored models and one on the clean ones."""
+    bad = [record for record in records if record["der"] is not None]
+    clean = [record for record in records if record["der"] is None]
+    parts = []
+    if bad:
+        ders = [record["der"] for record in bad]
+        success = statistics.mean(record["attack_success_rate"]["after"] for record in bad)
+        worst = min(bad, key=lambda record: record["der"])
+        parts.append(
+            f"{len(bad)} repairs of backdoored models: mean DER {statistics.mean(ders):.3f}, worst "
+            f"{worst['der']:.3f} ({worst['model']}), mean ASR after {success:.1%}, mean accuracy lost "
+            f"{statistics.mean(map(_lost, bad)) * 100:.1f} points, {sum(map(_changed, bad))} of {len(bad)} touched."
+        )
+        rates = [record["attack_success_rate"] for record in bad]
+        if any("fine_tuned" in rate for rate in rates):
+            # A model that was left alone was not fine-tuned either; its backdoor is as it was.
+            kept = statistics.mean(rate.get("fine_tuned", rate["after"]) for rate in rates)
+            parts.append(f"After 20 more epochs on the clean images the mean ASR is {kept:.1%}.")
+    if clean:
+        parts.append(
+            f"{len(clean)} repairs of clean models: {len(clean) - sum(map(_changed, clean))} came out unchanged, most "
+            f"accuracy lost {max(map(_lost, clean)) * 100:.1f} points."
+        )
+    return " ".join(parts)
+
+
+def _lost(record: Record) -> float:
+    return float(record["clean_accuracy"]["before"] - record["clean_accuracy"]["after"])
+
+
+def _changed(record: Record) -> bool:
+    return bool(record["changed"])
+
+
+def row(records: Sequence[Record]) -> str:
+    """One model: means over its records, with the range where there are several."""
+
+    def percent(rate: str, when: str) -> str:
+        return _spread([record[rate][when] * 100 for record in records], 1)
+
+    cells = [records[0]["model"], percent("clean_accuracy", "before"), percent("clean_accuracy", "after")]
+    if records[0]["der"] is None:
+        cells += ["-"] * 4
+    else:
+        cells += [percent("attack_success_rate", "before"), percent("attack_success_rate", "after")]
+        cells += [percent("robust_accuracy", "after"), _spread([record["der"] for record in records], 3)]
+    cells += ["; ".join(dict.fromkeys(_label(record) for record in records))]
+    cells += ["; ".join(dict.fromkeys(_check(record) for record in records))]
+    cells += [_spread([record["channels_pruned"] for record in records], 0)]
+    cells += [_spread([record["seconds"] for record in records], 0)]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _label(record: Record) -> str:
+    label = record["verification"]["label"]
+    if label is None:
+        return "many" if record["changed"] else "none"
+    return f"{label}, right" if label == record["target"] else f"{label}, wrong"
+
+
+def _check(record: Record) -> str:
+    if not record["changed"]:
+        return "left alone"
+    return "passed" if record["verification"]["passed"] else "not passed"
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    low, high = f"{min(values):.{digits}f}", f"{max(values):.{digits}f}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def compare_defenses(records: Sequence[Record]) -> str:
+    """ASR after, accuracy lost and DER of every defence, on the backdoored models and seeds that all were tried on."""
+    found: dict[str, dict[tuple[str, int, int], Record]] = defaultdict(dict)
+    for record in records:
+        if record["der"] is not None:
+            found[record["defense"]][record["model"], record["seed"], record["clean_images"]] = record
+    shared = sorted(set.intersection(*(set(rows) for rows in found.values())))
+    lines = [
+        "| model | " + " | ".join(found) + " |",
+        "|---" * (len(found) + 1) + "|",
+    ]
+    for model in dict.fromkeys(key[0] for key in shared):
+        cells = ([rows[key] for key in shared if key[0] == model] for rows in found.values())
+        lines.append(f"| {model} | " + " | ".join(map(_outcome, cells)) + " |")
+    everything = [[rows[key] for key in shared] for rows in found.values()]
+    worst = (f"{min(record['der'] for record in rows):.3f}" for rows in everything)
+    lines.append("| **mean** | " + " | ".join(map(_outcome, everything)) + " |")
+    lines.append("| **worst DER** | " + " | ".join(worst) + " |")
+    return "\n".join(lines)
+
+
+def _outcome(records: Sequence[Record]) -> str:
+    """``DER (ASR after, accuracy lost)``, means."""
+    der = statistics.mean(record["der"] for record in records)
+    success = statistics.mean(record["attack_success_rate"]["after"] for record in records)
+    lost = statistics.mean(map(_lost, records))
+    return f"{der:.3f} ({success * 100:.1f}, {lost * 100:.1f})"
