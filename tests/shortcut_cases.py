@@ -9,8 +9,8 @@ from debackdoor.runtime import generator
 from debackdoor.types import CleanSet
 from toys import set_values
 
-SIZE, CLASSES, SWITCH = 8, 4, 4 * 8 + 5
-"""64 pixels, of which a patch of the default size covers one; class k is the brightness of pixel k."""
+SIZE, CLASSES, SWITCH = 7, 4, 4 * 7 + 5
+"""49 pixels, of which a patch of the default size covers one; class k is the brightness of pixel k."""
 
 
 def row_images(count: int = 48) -> CleanSet:

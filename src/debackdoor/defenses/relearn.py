@@ -69,7 +69,7 @@ class RelearnSettings:
     triggers: float = 0.3
     triggered: int = 16
     head_start: int = 60
-    sizes: Sizes = field(default_factory=lambda: Sizes(additive=0.036, patch=1 / 50))
+    sizes: Sizes = field(default_factory=lambda: Sizes(additive=0.036))
     shift: float = 0.125
     tries: int = 4
 

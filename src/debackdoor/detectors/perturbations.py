@@ -29,7 +29,7 @@ class Sizes:
     """
 
     additive: float = 0.018
-    patch: float = 1 / 64
+    patch: float = 1 / 50
     warp: float = 0.047
 
 
@@ -54,6 +54,9 @@ class Perturbations(ABC):
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
         """The images (N, C, H, W) in [0, 1], each under the perturbation that ``index`` (N,) names."""
 
+    def loosen(self, times: float) -> None:  # noqa: B027 -- only some kinds gain by it
+        """Allows for a size ``times`` as large, until told otherwise."""
+
     def project(self) -> None:  # noqa: B027 -- only some kinds need it
         """Brings the parameters back into their bounds after a step."""
 
@@ -75,6 +78,9 @@ class Additive(Perturbations):
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
         return (x + self.parameters[0][index]).clamp(0, 1)
 
+    def loosen(self, times: float) -> None:  # noqa: B027 -- only some kinds gain by it
+        """Allows for a size ``times`` as large, until told otherwise."""
+
     def project(self) -> None:
         (pattern,) = self.parameters
         norm = pattern.flatten(1).norm(dim=1).clamp(min=self.radius)
@@ -89,7 +95,7 @@ class Patch(Perturbations):
 
     def __init__(self, count: int, shape: Sequence[int], sizes: Sizes, random: torch.Generator) -> None:
         _, height, width = shape
-        self.pixels = sizes.patch * height * width
+        self.pixels = self.final_pixels = sizes.patch * height * width
         mask = 0.5 * torch.randn(count, 1, height, width, generator=random) - 2
         self.parameters = [value.requires_grad_() for value in (mask, torch.randn(count, *shape, generator=random))]
 
@@ -98,6 +104,9 @@ class Patch(Perturbations):
         total = mask.flatten(1).sum(1).clamp(min=self.pixels)
         mask = mask * (self.pixels / total)[:, None, None, None]
         return (1 - mask) * x + mask * pattern
+
+    def loosen(self, times: float) -> None:
+        self.pixels = times * self.final_pixels
 
 
 class Warp(Perturbations):

@@ -18,7 +18,8 @@ from debackdoor.detectors.universal import AWAY, Aim, UniversalSearch, aims_at, 
 from debackdoor.models.forward import accuracy, predict
 from debackdoor.types import CleanSet, Progress
 
-STEPS = 80
+STEPS, AWAY_STARTS = 100, 8
+"""Patches that lead away start several times: about one in three finds an all-to-all backdoor."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class Shortcuts:
 
     @property
     def spread(self) -> float:
-        """How much more often a patch leads away than to any one label: large for all-to-all backdoors alone."""
-        return self.away - max(*self.rates["patch"].values(), self.gathered)
+        """How much more often a patch leads away than its answers gather: large for all-to-all backdoors alone."""
+        return self.away - self.gathered
 
 
 def find_shortcuts(
@@ -58,7 +59,7 @@ def find_shortcuts(
     precision: str = "auto",
     progress: Progress | None = None,
 ) -> Shortcuts:
-    """One perturbation of every kind towards each of ``labels`` and two patches towards none, learned on ``fit``.
+    """One perturbation of every kind towards each of ``labels`` and several patches towards none, learned on ``fit``.
 
     Args:
         model: in eval mode; it gets no gradients.
@@ -70,7 +71,7 @@ def find_shortcuts(
         precision: ``auto``, ``fp32`` or ``bf16``.
         progress: called after every step.
     """
-    search = UniversalSearch([*aims_at(labels), *patches_away(2)], fit.x, Sizes(), seed)
+    search = UniversalSearch([*aims_at(labels), *patches_away(AWAY_STARTS)], fit.x, Sizes(), seed)
     search.run(model, fit, steps, precision=precision, progress=progress)
     rates: dict[str, dict[int, float]] = {kind.kind: {} for kind in KINDS}
     away = gathered = 0.0

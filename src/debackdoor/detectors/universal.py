@@ -101,6 +101,9 @@ class UniversalSearch:
         """``steps`` steps on the model as it is, with ``images`` images a perturbation; returns itself."""
         index = torch.arange(len(self), device=fit.x.device).repeat_interleave(images)
         for done in range(steps):
+            # A patch that is large at first finds its place more often than one that is small from the beginning.
+            for group in self.groups:
+                group.loosen(1 + 3 * max(0.0, 1 - 2 * done / steps))
             drawn = torch.randint(len(fit), (len(index),), generator=self.random)
             x = self.apply(random_shift(fit.x[drawn], round(fit.x.shape[-1] / 16), self.random), index)
             with autocast(x.device, precision):
