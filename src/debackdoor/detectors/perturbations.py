@@ -78,9 +78,6 @@ class Additive(Perturbations):
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
         return (x + self.parameters[0][index]).clamp(0, 1)
 
-    def loosen(self, times: float) -> None:  # noqa: B027 -- only some kinds gain by it
-        """Allows for a size ``times`` as large, until told otherwise."""
-
     def project(self) -> None:
         (pattern,) = self.parameters
         norm = pattern.flatten(1).norm(dim=1).clamp(min=self.radius)
