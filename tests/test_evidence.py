@@ -2,12 +2,13 @@
 
 import pytest
 
-from debackdoor.detectors.evidence import TRIGGERS, Evidence, remains
+from debackdoor.detectors.evidence import TRIGGERS, Evidence, Examination, remains
 from debackdoor.detectors.label import PileUp
 from debackdoor.detectors.margin import Margins
 from debackdoor.detectors.perturbations import KINDS, Patch
 from debackdoor.detectors.shortcut import Shortcuts
 from debackdoor.detectors.universal import AWAY
+from rnp_cases import quadrant_set, quadrants
 
 USUAL = dict.fromkeys(range(5), 0.1)
 
@@ -80,11 +81,23 @@ def test_what_is_no_longer_found_is_gone() -> None:
     assert remains(before, evidence(patch={4: 0.9})) == []
 
 
-def test_a_margin_that_shrank_by_half_is_gone() -> None:
-    before = evidence(margin=(2, 9.0, 0.001))
-    assert remains(before, evidence(margin=(2, 6.0, 0.001))) == [2]
-    assert remains(before, evidence(margin=(2, 4.0, 0.001))) == []
-    assert remains(before, evidence(margin=(2, 4.0, 0.001), warp={2: 0.9})) == [2]
+def test_after_a_repair_the_suspects_are_compared_with_a_few_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def search(model: object, fit: object, holdout: object, labels: list[int], *, away: int, **_: object) -> Shortcuts:
+        asked.append((labels, away))
+        return evidence().shortcuts
+
+    monkeypatch.setattr("debackdoor.detectors.evidence.find_shortcuts", search)
+    examine = Examination(quadrant_set(), quadrant_set(), 4)
+    examine(quadrants(), 2)
+    examine.again(quadrants(), evidence(patch={3: 0.9}))
+    examine.again(quadrants(), evidence(away=0.9))
+    assert sorted(asked[0][0]) == [0, 1, 2, 3]
+    assert asked[0][0][0] == 2
+    assert asked[0][1] > 0
+    assert asked[1] == ([3, 0, 1, 2, 4], 0)
+    assert asked[2] == ([0, 1, 2, 3, 4], asked[0][1])
 
 
 def test_the_numbers_name_the_label_of_every_kind() -> None:

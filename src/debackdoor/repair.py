@@ -97,10 +97,11 @@ class _Case:
         self.fit, self.holdout = split_clean(clean, HOLDOUT, method.seed)
         self.classes = predict(suspect, clean.x[:2], precision=method.precision).shape[1]
 
-    def examine(self, model: nn.Module, first: int, labels: Sequence[int] | None = None) -> Evidence:
-        """Margins and shortcuts of a model, always by the same searches."""
-        look = Examination(self.fit, self.holdout, self.classes, self.method.seed, self.method.precision, self.progress)
-        return look(model, first, labels)
+    @property
+    def examine(self) -> Examination:
+        """The searches, the same before and after."""
+        m = self.method
+        return Examination(self.fit, self.holdout, self.classes, m.seed, m.precision, self.progress)
 
     def pile_up_again(self, model: nn.Module, label: int) -> PileUp:
         """How far the answers of another model gather on the label while it forgets the clean task."""
@@ -134,8 +135,7 @@ class _Case:
 
     def examine_again(self, model: nn.Module, before: Evidence) -> Evidence:
         """The same searches on the repaired model, and another unlearning where a pile-up alone had told a label."""
-        labels = list(before.shortcuts.rates["patch"])
-        after = self.examine(model, labels[0], labels)
+        after = self.examine.again(model, before)
         if before.pile_up is None or before.reasons.get(before.pile_up.label) != ("pile-up",):
             return after
         return replace(after, pile_up=self.pile_up_again(model, before.pile_up.label))

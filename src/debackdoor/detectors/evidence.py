@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from debackdoor.detectors.label import PileUp
 from debackdoor.detectors.margin import Margins, largest_margins
 from debackdoor.detectors.perturbations import KINDS
-from debackdoor.detectors.shortcut import Shortcuts, find_shortcuts
+from debackdoor.detectors.shortcut import AWAY_STARTS, Shortcuts, find_shortcuts
 from debackdoor.detectors.universal import Aim, aims_at, patches_away
 from debackdoor.types import CleanSet, Progress
 
@@ -31,6 +31,9 @@ STANDS_OUT = 0.5
 
 MOST_LABELS = 12
 """Shortcuts are searched for towards this many labels at most: those most suspect by other evidence."""
+
+COMPARED = 5
+"""Labels that were not suspect, beside which those that were are looked at again."""
 
 TRIGGERS = 8
 """At least this many perturbations stand in for the trigger when it is unlearned."""
@@ -114,10 +117,7 @@ class Evidence:
 
 def remains(before: Evidence, after: Evidence) -> list[int]:
     """The labels suspect before that still are."""
-    # A label that was learnt from triggers stays a little ahead after its backdoor is gone; by how much less counts.
-    ahead = after.margins.ratio - 1 > (before.margins.ratio - 1) / 2
-    forgiven = set() if ahead else {"margin"}
-    return [label for label in before.reasons if set(after.reasons.get(label, ())) - forgiven]
+    return [label for label in before.reasons if label in after.reasons]
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,22 @@ class Examination:
     precision: str = "auto"
     progress: Progress | None = None
 
-    def __call__(self, model: nn.Module, first: int, labels: Sequence[int] | None = None) -> Evidence:
-        """Margins of all labels, and shortcuts to ``labels``; without these, to ``first`` and the largest margins'."""
-        margins = largest_margins(
+    def __call__(self, model: nn.Module, first: int) -> Evidence:
+        """Margins of all labels, and shortcuts to label ``first``, to those with the largest margins, and away."""
+        margins = self._margins(model)
+        by_margin = [int(label) for label in np.argsort(margins.values)[::-1] if label != first]
+        return Evidence(margins, self._shortcuts(model, [first, *by_margin][:MOST_LABELS], AWAY_STARTS))
+
+    def again(self, model: nn.Module, before: Evidence) -> Evidence:
+        """The same for a repaired model from a new start, with shortcuts to what was suspect and a few labels beside."""
+        suspects = list(before.reasons)
+        others = [label for label in before.shortcuts.rates["patch"] if label not in suspects][:COMPARED]
+        away = AWAY_STARTS if before.all_to_all else 0
+        fresh = replace(self, seed=self.seed + 1)
+        return Evidence(fresh._margins(model), fresh._shortcuts(model, [*suspects, *others], away))
+
+    def _margins(self, model: nn.Module) -> Margins:
+        return largest_margins(
             model,
             self.fit.x,
             self.num_classes,
@@ -150,16 +163,15 @@ class Examination:
             precision=self.precision,
             progress=self.progress,
         )
-        if labels is None:
-            by_margin = [int(label) for label in np.argsort(margins.values)[::-1] if label != first]
-            labels = [first, *by_margin][:MOST_LABELS]
-        shortcuts = find_shortcuts(
+
+    def _shortcuts(self, model: nn.Module, labels: Sequence[int], away: int) -> Shortcuts:
+        return find_shortcuts(
             model,
             self.fit,
             self.holdout,
             labels,
+            away=away,
             seed=self.seed,
             precision=self.precision,
             progress=self.progress,
         )
-        return Evidence(margins, shortcuts)

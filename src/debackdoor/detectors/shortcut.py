@@ -54,6 +54,7 @@ def find_shortcuts(
     holdout: CleanSet,
     labels: Sequence[int],
     *,
+    away: int = AWAY_STARTS,
     steps: int = STEPS,
     seed: int = 0,
     precision: str = "auto",
@@ -66,25 +67,26 @@ def find_shortcuts(
         fit: images that the search learns from.
         holdout: images that judge what it finds.
         labels: which; the other labels' rates tell what is usual, so a dozen is better than two.
+        away: how many patches may lead anywhere; 0 looks for none.
         steps: of the search.
         seed: of the search.
         precision: ``auto``, ``fp32`` or ``bf16``.
         progress: called after every step.
     """
-    search = UniversalSearch([*aims_at(labels), *patches_away(AWAY_STARTS)], fit.x, Sizes(), seed)
+    search = UniversalSearch([*aims_at(labels), *patches_away(away)], fit.x, Sizes(), seed)
     search.run(model, fit, steps, precision=precision, progress=progress)
     rates: dict[str, dict[int, float]] = {kind.kind: {} for kind in KINDS}
-    away = gathered = 0.0
+    most = gathered = 0.0
     right = accuracy(predict(model, holdout.x, precision=precision), holdout.y)
     for number, aim in enumerate(search.aims):
         if aim.target == AWAY:
             answers = search.answers(model, holdout.x, number, precision=precision)
             share = right - float((answers == holdout.y).float().mean())
-            if share >= away:
-                away, gathered = share, float(answers.bincount().max()) / len(answers)
+            if share >= most:
+                most, gathered = share, float(answers.bincount().max()) / len(answers)
         else:
             rates[aim.kind.kind][aim.target] = _success(search, model, holdout, number, aim, precision)
-    return Shortcuts(rates, away, gathered)
+    return Shortcuts(rates, most, gathered)
 
 
 def _success(
