@@ -147,7 +147,7 @@ class Examination:
         return Evidence(margins, self._shortcuts(model, [first, *by_margin][:MOST_LABELS], AWAY_STARTS))
 
     def again(self, model: nn.Module, before: Evidence) -> Evidence:
-        """The same for a repaired model from a new start, with shortcuts to what was suspect and a few labels beside."""
+        """The same for a repaired model from a new start, with shortcuts to the suspects and a few labels beside."""
         suspects = list(before.reasons)
         others = [label for label in before.shortcuts.rates["patch"] if label not in suspects][:COMPARED]
         away = AWAY_STARTS if before.all_to_all else 0
