@@ -21,6 +21,8 @@ from debackdoor.models import (
     state_dict_of,
     unwrap,
 )
+from debackdoor.models.forward import predict, set_layout, to_faster_layout
+from toys import ViewNet
 
 # Small enough to be built and run in milliseconds; the width is the stem's.
 ARCHES = {
@@ -284,3 +286,15 @@ def test_half_precision_file_becomes_a_float32_model(tmp_path: Path, dtype: torc
     model = load_model(tmp_path / "m.pt", "resnet18")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert model(torch.rand(1, 3, 8, 8)).isfinite().all()
+
+
+def test_the_faster_layout_changes_no_answer_and_is_left_where_it_cannot_be_taken() -> None:
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for model, taken in ((build_model("resnet18-w4", 3), True), (ViewNet(), False)):
+        answers = predict(model.eval(), x, precision="fp32")
+        to_faster_layout(model, x)
+        conv = next(p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)
+        assert conv.is_contiguous(memory_format=torch.channels_last) is taken
+        assert torch.allclose(predict(model, x, precision="fp32"), answers, atol=1e-5)
+        set_layout(model, torch.contiguous_format)
+        assert conv.is_contiguous()

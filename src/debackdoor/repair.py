@@ -19,7 +19,7 @@ from debackdoor.defenses.rnp import RNP, Exposure
 from debackdoor.detectors.evidence import Evidence, Examination, remains
 from debackdoor.detectors.label import PileUp, largest_pile_up, peak_share
 from debackdoor.errors import DebackdoorError, ModelError, check_fraction
-from debackdoor.models.forward import accuracy, predict
+from debackdoor.models.forward import accuracy, predict, set_layout, to_faster_layout
 from debackdoor.rnp.modes import uses_batch_statistics
 from debackdoor.rnp.unlearn import Unlearned, unlearn
 from debackdoor.runtime import resolve_device
@@ -69,6 +69,7 @@ def repair(
     place, home = resolve_device(device), _device_of(model)
     suspect, clean = copy.deepcopy(model).to(place).eval(), clean.to(place)
     check_works(suspect, clean, precision)
+    to_faster_layout(suspect, clean.x[:2])
     case = _Case(suspect, clean, RNP(budget=budget / 2, seed=seed, precision=precision), budget, progress)
     exposure = case.method.expose(suspect, case.fit, progress=progress)
     pile_up = largest_pile_up(exposure.unlearned.history)
@@ -84,6 +85,7 @@ def repair(
     else:
         verification = _nothing(exposure.unlearned, pile_up, before)
     steps = (*result.steps, Step("verify", verification.message))
+    set_layout(result.model, torch.contiguous_format)
     return replace(result, model=result.model.to(home), verification=verification, steps=steps)
 
 

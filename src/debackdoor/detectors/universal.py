@@ -18,6 +18,9 @@ from debackdoor.types import CleanSet, Progress
 AWAY = -1
 """The target of a perturbation that may lead to any label but the image's own."""
 
+AT_ONCE = 128
+"""Images that go through the model at once; a search for many labels would take the most memory of all."""
+
 
 @dataclass(frozen=True)
 class Aim:
@@ -104,15 +107,25 @@ class UniversalSearch:
             # A patch that is large at first finds its place more often than one that is small from the beginning.
             for group in self.groups:
                 group.loosen(1 + 3 * max(0.0, 1 - 2 * done / steps))
-            drawn = torch.randint(len(fit), (len(index),), generator=self.random)
-            x = self.apply(random_shift(fit.x[drawn], round(fit.x.shape[-1] / 16), self.random), index)
-            with autocast(x.device, precision):
-                logits = logits_of(model(x)).float()
-            loss = self.loss(logits, fit.y[drawn], index) / images
-            self.step(torch.autograd.grad(loss, self.parameters))
+            loss = self._descend(model, fit, index, images, precision)
             if progress is not None:
-                progress("search perturbations", done + 1, steps, {"loss": loss.item() / len(self)})
+                progress("search perturbations", done + 1, steps, {"loss": loss / len(self)})
         return self
+
+    def _descend(self, model: nn.Module, fit: CleanSet, index: Tensor, images: int, precision: str) -> float:
+        """One step on fresh images, one an entry of ``index``; the loss before it."""
+        drawn = torch.randint(len(fit), (len(index),), generator=self.random)
+        sums, loss = [torch.zeros_like(value) for value in self.parameters], 0.0
+        for some, which in zip(drawn.split(AT_ONCE), index.split(AT_ONCE), strict=True):
+            x = random_shift(fit.x[some], round(fit.x.shape[-1] / 16), self.random)
+            with autocast(x.device, precision):
+                logits = logits_of(model(self.apply(x, which))).float()
+            part = self.loss(logits, fit.y[some], which) / images
+            gradients = torch.autograd.grad(part, self.parameters, allow_unused=True)
+            sums = [a if b is None else a + b for a, b in zip(sums, gradients, strict=True)]
+            loss += part.item()
+        self.step(sums)
+        return loss
 
     @torch.no_grad()
     def answers(self, model: nn.Module, x: Tensor, number: int, *, precision: str = "auto") -> Tensor:

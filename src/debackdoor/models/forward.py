@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from debackdoor.errors import ModelError
 from debackdoor.runtime import autocast
@@ -56,3 +56,23 @@ def label_shares(logits: Tensor) -> list[float]:
     """How large a share of the answers each label gets; K fractions that sum to 1."""
     counts = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     return (counts / len(logits)).tolist()
+
+
+def to_faster_layout(model: nn.Module, x: Tensor) -> None:
+    """Brings the model's convolutions into the channels-last layout, which CPUs and GPUs are faster in.
+
+    A network that cannot take that (one that calls ``.view`` on feature maps) stays as it is. ``x`` is a small batch
+    (N, C, H, W) to try it on.
+    """
+    set_layout(model, torch.channels_last)
+    try:
+        predict(model, x)
+    except RuntimeError:
+        set_layout(model, torch.contiguous_format)
+
+
+def set_layout(model: nn.Module, layout: torch.memory_format) -> None:
+    """Brings the model's four-dimensional weights into a memory layout; no value changes."""
+    for parameter in model.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=layout)
