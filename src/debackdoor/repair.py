@@ -52,8 +52,8 @@ def repair(
     Args:
         model: any classifier of images (N, C, H, W) in [0, 1]; it is not changed.
         clean: the defender's trusted samples.
-        budget: how far accuracy on clean images may fall, a fraction: half of it by pruning, all of it and one
-            standard error by relearning.
+        budget: how far accuracy on clean images may fall, a fraction: half of it by pruning, all of it by relearning,
+            which is undone where the fall on the hold-out part is larger than that by more than chance.
         seed: of the split, the order of the samples and the searches.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``auto``, ``fp32`` or ``bf16``.

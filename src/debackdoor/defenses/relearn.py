@@ -31,6 +31,9 @@ from debackdoor.rnp.prune import plan_mask, prune
 from debackdoor.runtime import autocast, generator, shuffled_batches
 from debackdoor.types import CleanSet, Plan, Progress
 
+CERTAIN = 1.645
+"""Standard errors above which one of twenty falls is chance: the one-sided 95 % point of the normal distribution."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RelearnSettings:
@@ -117,7 +120,7 @@ def relearn(
         plan: channels that stay at zero.
         fit: images to learn from.
         holdout: images that judge.
-        budget: how far hold-out accuracy may fall, a fraction, beside one standard error of that fall.
+        budget: how far hold-out accuracy may fall, a fraction; more is too much where chance does not explain it.
         aims: of the triggers to search for and unlearn.
         settings: hyper-parameters.
         seed: of order, augmentation and search.
@@ -144,13 +147,13 @@ def _right(model: nn.Module, data: CleanSet, precision: str) -> Tensor:
 
 
 def _affordable(before: Tensor, after: Tensor, budget: float) -> bool:
-    """Whether accuracy fell by no more than the budget and what chance may add to it.
+    """Whether accuracy fell by no more than the budget and what chance adds to it in one of twenty cases.
 
     Without the latter, a good repair is thrown away whenever a small hold-out part happens to hold its errors.
     """
     fall = before - after
     error = float(fall.std(correction=0)) / math.sqrt(len(fall))
-    return float(fall.mean()) <= budget + error + 1e-9
+    return float(fall.mean()) <= budget + CERTAIN * error + 1e-9
 
 
 @dataclass(frozen=True)
