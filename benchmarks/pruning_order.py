@@ -97,7 +97,8 @@ def draw(
         )
         for curve in curves:
             axis = axes[list(METHODS).index(curve["scores"])][names.index(curve["model"])]
-            axis.set_title(f"{curve['model']}, {curve['scores']} scores", fontsize=9)
+            whose = {"ours": "our scores", "published": "published scores"}[curve["scores"]]
+            axis.set_title(f"{curve['model']}, {whose}", fontsize=9)
             paint(axis, curve)
         axes[0][0].legend(fontsize=8)
         figure.supxlabel("channels pruned" if title == "pruning-order" else "mask after recovery", fontsize=10)
