@@ -105,8 +105,8 @@ class Verification:
     """A repair's own check, made from clean data alone.
 
     Attributes:
-        passed: whether no trigger towards a suspect label is easier to find than towards the other labels.
-        label: the label that was checked, or None where nothing was exposed.
+        passed: whether nothing that made a label suspect, or all of them, is found any more.
+        label: the most suspect label, or None where nothing was exposed, or a backdoor to many labels (all-to-all).
         evidence: the numbers behind it, before and after the repair.
         message: one sentence for a person.
         conclusive: whether the check could tell; False where the clean task could not be unlearned.
