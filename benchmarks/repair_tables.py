@@ -77,6 +77,8 @@ def row(records: Sequence[Record]) -> str:
 
 
 def _label(record: Record) -> str:
+    if record["verification"] is None:  # a bare defence does not check itself
+        return "-"
     label = record["verification"]["label"]
     if label is None:
         return "many" if record["changed"] else "none"
@@ -84,6 +86,8 @@ def _label(record: Record) -> str:
 
 
 def _check(record: Record) -> str:
+    if record["verification"] is None:
+        return "-"
     if not record["changed"]:
         return "left alone"
     return "passed" if record["verification"]["passed"] else "not passed"

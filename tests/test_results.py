@@ -43,3 +43,14 @@ def test_a_row_gives_mean_and_range(benchmark: ModuleType) -> None:
     row = benchmark.row([low, high])
     assert "| 0.700 (0.500 to 0.900) |" in row
     assert row.endswith("| 15 (10 to 20) |")
+
+
+def test_defenses_stand_side_by_side_on_what_all_were_tried_on(benchmark: ModuleType) -> None:
+    ours = json.loads(next(RECORDS.glob("badnets-seed*.json")).read_text())
+    other = dict(ours, defense="ft-0.05", der=0.5, verification=None)
+    more = dict(ours, model="blend")
+    lines = benchmark.compare_defenses([ours, more, other]).splitlines()
+    assert lines[0] == "| model | repair | ft-0.05 |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| badnets", "| **mean**", "| **worst DER**"]
+    assert lines[-1].endswith("| 0.500 |")
+    assert benchmark.row([other]).count("| - |") == 1
