@@ -19,7 +19,7 @@ from debackdoor.models.forward import accuracy, predict
 from debackdoor.types import CleanSet, Progress
 
 STEPS, AWAY_STARTS = 100, 8
-"""Patches that lead away start several times: about one in three finds an all-to-all backdoor."""
+"""Patches that lead away start several times: not every start finds an all-to-all backdoor."""
 
 
 @dataclass(frozen=True)
