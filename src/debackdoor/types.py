@@ -140,3 +140,96 @@ class RepairResult:
     history: Mapping[str, list[dict[str, Any]]]
     steps: tuple[Step, ...]
     changed: bool
+
+
+@dataclass(frozen=True)
+class RecoveredTrigger:
+    """A trigger found from clean images: ``(1 - mask) * x + mask * pattern``.
+
+    Attributes:
+        label: where it sends images.
+        mask: float32 (1, H, W) in [0, 1].
+        pattern: float32 (C, H, W) in [0, 1].
+        success_rate: share of hold-out images of other labels that it sends to ``label``, on the suspect model.
+        l1: sum of the mask, in pixels.
+    """
+
+    label: int
+    mask: Tensor
+    pattern: Tensor
+    success_rate: float
+    l1: float
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The images (N, C, H, W) in [0, 1] with the trigger on them."""
+        return (1 - self.mask) * x + self.mask * self.pattern
+
+
+@dataclass(frozen=True)
+class Suspect:
+    """A label that something speaks against.
+
+    Attributes:
+        label: which.
+        name: its class name, or None where the clean set names none.
+        reasons: what speaks against it: ``pile-up``, ``margin``, ``additive``, ``patch``, ``warp``; empty where it is
+            only the nearest to a finding.
+        evidence: the numbers behind that, fractions and ratios by name.
+    """
+
+    label: int
+    name: str | None
+    reasons: tuple[str, ...]
+    evidence: Mapping[str, float]
+
+
+VERDICTS = ("clean", "suspicious", "backdoored", "inconclusive")
+"""What a scan can end with."""
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """What a scan finds.
+
+    Attributes:
+        verdict: one of :data:`VERDICTS`.
+        message: one sentence for a person: what was found, or what would settle it.
+        score: how much speaks for a backdoor, the strongest sign as a multiple of its threshold: at least 1 counts.
+        suspects: the labels that something speaks against, the most suspect first; several for several targets.
+        all_to_all: whether a patch leads away from all labels, to no label of its own.
+        trigger: the trigger recovered for the first suspect, or None.
+        evidence: all numbers, of the model as a whole and of the most suspect label of every kind.
+        ranking: all channels with their scores, the most suspicious first.
+        history: numbers over time; ``unlearn`` has rows of step, accuracy, loss and label_shares (K fractions).
+    """
+
+    verdict: str
+    message: str
+    score: float
+    suspects: tuple[Suspect, ...]
+    all_to_all: bool
+    trigger: RecoveredTrigger | None
+    evidence: Mapping[str, float]
+    ranking: Plan
+    history: Mapping[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class SampleScores:
+    """How likely each of a pile of images carries the trigger.
+
+    Attributes:
+        scores: float32 (N,); higher is more likely.
+        threshold: scores above it are flagged; set on clean images alone.
+        flagged: bool (N,).
+        answers: int64 (N,), the labels that the suspect model gives the images.
+        false_positive_rate: the share of clean images that the threshold was set to flag, a fraction.
+        method: what the scores are.
+    """
+
+    scores: Tensor
+    threshold: float
+    flagged: Tensor
+    answers: Tensor
+    false_positive_rate: float
+    method: str

@@ -15,30 +15,7 @@ from torch import Tensor, nn
 
 from debackdoor.models.forward import logits_of, predict
 from debackdoor.runtime import autocast, generator
-from debackdoor.types import CleanSet, Progress
-
-
-@dataclass(frozen=True)
-class RecoveredTrigger:
-    """A trigger found from clean images: ``(1 - mask) * x + mask * pattern``.
-
-    Attributes:
-        label: where it sends images.
-        mask: float32 (1, H, W) in [0, 1].
-        pattern: float32 (C, H, W) in [0, 1].
-        success_rate: share of hold-out images of other labels that it sends to ``label``.
-        l1: sum of the mask, in pixels.
-    """
-
-    label: int
-    mask: Tensor
-    pattern: Tensor
-    success_rate: float
-    l1: float
-
-    def apply(self, x: Tensor) -> Tensor:
-        """The images (N, C, H, W) in [0, 1] with the trigger on them."""
-        return (1 - self.mask) * x + self.mask * self.pattern
+from debackdoor.types import CleanSet, Progress, RecoveredTrigger
 
 
 @dataclass(frozen=True)
