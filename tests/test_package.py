@@ -66,7 +66,7 @@ for how in (
     "import debackdoor; found.append(debackdoor.repair)",
     "from debackdoor import repair; found.append(repair)",
     "import importlib, debackdoor; importlib.import_module('debackdoor.repair'); found.append(debackdoor.repair)",
-    "from debackdoor.repair import check_works; import debackdoor; found.append(debackdoor.repair)",
+    "from debackdoor.case import check_works; import debackdoor; found.append(debackdoor.repair)",
 ):
     for name in [name for name in sys.modules if name.startswith("debackdoor")]:
         del sys.modules[name]

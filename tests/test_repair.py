@@ -23,6 +23,7 @@ from rnp_cases import quadrant_set, quadrants
 REPAIR = import_module("debackdoor.repair")
 STAGES = import_module("debackdoor.defenses.rnp")
 EVIDENCE = import_module("debackdoor.detectors.evidence")
+CASE = import_module("debackdoor.case")
 
 
 def lived_in() -> nn.Module:
@@ -38,14 +39,14 @@ def lived_in() -> nn.Module:
 @pytest.fixture
 def exposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever unlearning finds, label 1 counts as exposed."""
-    monkeypatch.setattr(REPAIR, "largest_pile_up", lambda history: PileUp(1, 1.0))
+    monkeypatch.setattr(CASE, "largest_pile_up", lambda history: PileUp(1, 1.0))
 
 
 @pytest.fixture
 def not_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No label stands out, neither while the clean task is forgotten nor by a shortcut."""
     nowhere = Shortcuts({kind.kind: dict.fromkeys(range(4), 0.1) for kind in KINDS}, 0.1, 0.3)
-    monkeypatch.setattr(REPAIR, "largest_pile_up", lambda history: PileUp(1, 0.0))
+    monkeypatch.setattr(CASE, "largest_pile_up", lambda history: PileUp(1, 0.0))
     monkeypatch.setattr(EVIDENCE, "find_shortcuts", lambda *_, **__: nowhere)
 
 
@@ -84,7 +85,7 @@ class StageError(Exception):
 @pytest.mark.parametrize(
     ("place", "name"),
     [
-        (REPAIR, "split_clean"),
+        (CASE, "split_clean"),
         (STAGES, "find_channels"),
         (STAGES, "unlearn"),
         (STAGES, "recover"),
@@ -157,7 +158,7 @@ def test_where_nothing_is_exposed_no_bit_changes(monkeypatch: pytest.MonkeyPatch
 def test_a_pile_up_counts_only_with_batch_statistics(
     norm: nn.Module, touched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(REPAIR, "largest_pile_up", lambda history: PileUp(1, 1.0))
+    monkeypatch.setattr(CASE, "largest_pile_up", lambda history: PileUp(1, 1.0))
     model = quadrants()
     model[1] = norm
     assert db.repair(model.eval(), quadrant_set()).changed is touched

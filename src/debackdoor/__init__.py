@@ -10,27 +10,36 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from debackdoor import attacks, defenses, evaluation
     from debackdoor.data import load_clean
+    from debackdoor.detect import detect_samples
     from debackdoor.models import load_model
     from debackdoor.repair import repair
-    from debackdoor.types import CleanSet, RepairResult
+    from debackdoor.scan import scan
+    from debackdoor.types import CleanSet, RepairResult, SampleScores, ScanReport
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CleanSet",
     "RepairResult",
+    "SampleScores",
+    "ScanReport",
     "__version__",
     "attacks",
     "defenses",
+    "detect_samples",
     "evaluation",
     "load_clean",
     "load_model",
     "repair",
+    "scan",
 ]
 
 _HOMES = {
     "CleanSet": "debackdoor.types",
     "RepairResult": "debackdoor.types",
+    "SampleScores": "debackdoor.types",
+    "ScanReport": "debackdoor.types",
+    "detect_samples": "debackdoor.detect",
     "load_clean": "debackdoor.data",
     "load_model": "debackdoor.models",
 }
@@ -38,7 +47,7 @@ _PACKAGES = ("attacks", "defenses", "evaluation")
 
 
 class _Package(ModuleType):
-    """Lets ``debackdoor.repair`` be the function, though the module of that name would take its place when imported."""
+    """Lets ``debackdoor.scan`` and ``repair`` be functions, though modules of those names would take their place."""
 
     @property
     def repair(self) -> Any:
@@ -48,6 +57,15 @@ class _Package(ModuleType):
     @repair.setter
     def repair(self, module: ModuleType) -> None:
         """Where the import system would put the module, nothing is put."""
+
+    @property
+    def scan(self) -> Any:
+        """The function of the module ``debackdoor.scan``."""
+        return import_module("debackdoor.scan").scan
+
+    @scan.setter
+    def scan(self, module: ModuleType) -> None:
+        """As for ``repair``."""
 
 
 sys.modules[__name__].__class__ = _Package

@@ -19,6 +19,14 @@ class ModelError(DebackdoorError, ValueError):
     """An architecture is unknown, or a model does not behave like an image classifier."""
 
 
+class ChanceError(ModelError):
+    """A model is no better than chance on the clean images, so that nothing can be told of it."""
+
+
+class TooFewError(DataError):
+    """There are too few clean images, or too few classes among them, to tell anything."""
+
+
 class TriggerError(DebackdoorError, ValueError):
     """A saved trigger is missing, damaged, or does not fit the images."""
 

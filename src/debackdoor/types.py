@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -224,6 +224,7 @@ class SampleScores:
         flagged: bool (N,).
         answers: int64 (N,), the labels that the suspect model gives the images.
         false_positive_rate: the share of clean images that the threshold was set to flag, a fraction.
+        p_value: how probable it is that so many of a pile of clean images are flagged, [0, 1].
         method: what the scores are.
     """
 
@@ -232,4 +233,14 @@ class SampleScores:
     flagged: Tensor
     answers: Tensor
     false_positive_rate: float
+    p_value: float
     method: str
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.scores.tolist())
+
+    def __getitem__(self, index: int) -> float:
+        return float(self.scores[index])

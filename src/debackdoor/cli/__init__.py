@@ -11,15 +11,17 @@ import typer
 from debackdoor import __version__
 from debackdoor.cli.attack import attack
 from debackdoor.cli.demo import demo
+from debackdoor.cli.detect import detect
 from debackdoor.cli.evaluate import evaluate
 from debackdoor.cli.repair import repair
+from debackdoor.cli.scan import scan
 from debackdoor.cli.status import USAGE, status_of
 from debackdoor.cli.zoo import zoo
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(name="debackdoor", add_completion=False, rich_markup_mode=None)
-for _command in (repair, evaluate, attack, demo):
+for _command in (scan, repair, detect, evaluate, attack, demo):
     app.command()(_command)
 app.add_typer(zoo, name="zoo")
 
@@ -34,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:
         # Not app(): that would turn some errors into exit codes of its own, among them 1.
-        with command.make_context("debackdoor", given) as context:
+        with command.make_context("debackdoor", list(given), obj=("debackdoor", *given)) as context:
             return command.invoke(context) or 0
     except (Exception, KeyboardInterrupt) as error:
         return status_of(error, debug="--debug" in given)

@@ -77,6 +77,9 @@ PrecisionName = Annotated[Precision, typer.Option("--precision", help="How to co
 JsonTo = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")
 ]
+HtmlTo = Annotated[
+    Path | None, typer.Option("--html", metavar="FILE", help="Write the report as one HTML page that needs no network.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is already there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors only.")]
 # main() looks for it among the arguments, since errors come before a command has them, too.

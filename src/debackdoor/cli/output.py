@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -13,6 +13,9 @@ from debackdoor.cli.progress import Stages
 from debackdoor.cli.status import discard_stdout
 from debackdoor.errors import DebackdoorError
 from debackdoor.files import atomic_write_text
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 _STDOUT = "-"
 
@@ -29,11 +32,30 @@ class Output:
         self._quiet = quiet
         self._json_to = json_to
 
-    def say(self, text: str) -> None:
-        """Prints a line; when nobody reads on, as after ``| head``, the work goes on all the same."""
+    def say(self, text: str, style: str = "") -> None:
+        """Prints a line, on a terminal in a style of rich's; goes on when nobody reads, as after ``| head``."""
+        if style:
+            from rich.text import Text
+
+            self.show(Text(text, style))
+            return
         try:
             if not self._quiet:
                 typer.echo(text, err=self._json_to == _STDOUT)
+        except BrokenPipeError:
+            discard_stdout()
+
+    def show(self, what: RenderableType) -> None:
+        """Prints anything that rich can: colours on a terminal, plain text elsewhere."""
+        if self._quiet:
+            return
+        from rich.console import Console
+
+        console = Console(stderr=self._json_to == _STDOUT, highlight=False)
+        if not console.is_terminal:
+            console = Console(stderr=console.stderr, highlight=False, width=max(console.width, 160))
+        try:
+            console.print(what)
         except BrokenPipeError:
             discard_stdout()
 

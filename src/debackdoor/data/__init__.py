@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from debackdoor.data.checks import check_clean_set, check_labels
 from debackdoor.data.load import load_clean, load_dataset
+from debackdoor.data.pile import Pile, load_pile, write_images
 from debackdoor.data.sampling import split_clean
 
-__all__ = ["check_clean_set", "check_labels", "load_clean", "load_dataset", "split_clean"]
+__all__ = [
+    "Pile",
+    "check_clean_set",
+    "check_labels",
+    "load_clean",
+    "load_dataset",
+    "load_pile",
+    "split_clean",
+    "write_images",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from debackdoor.errors import DataError
+from debackdoor.errors import DataError, TooFewError
 from debackdoor.types import CleanSet
 
 MIN_IMAGES = 20
@@ -28,16 +28,17 @@ def check_clean_set(clean: CleanSet, num_classes: int) -> None:
     """Checks that a clean set is enough to work with (that it is not empty, the set itself ensures).
 
     Raises:
-        DataError: if a label is out of range, all images share one class, or there are fewer than ``MIN_IMAGES``.
+        DataError: if a label is out of range.
+        TooFewError: if all images share one class, or there are fewer than ``MIN_IMAGES``.
     """
     check_labels(clean, num_classes)
     if clean.num_classes_seen < 2:
-        raise DataError(
+        raise TooFewError(
             f"{clean.source}: expected clean images of at least 2 classes, got only class {int(clean.y[0])}; "
             "add images of the other classes"
         )
     if len(clean) < MIN_IMAGES:
-        raise DataError(
+        raise TooFewError(
             f"{clean.source}: expected at least {MIN_IMAGES} clean images, got {len(clean)}; add images "
             "or raise the limit (500 is the default)"
         )

@@ -39,6 +39,24 @@ def open_folder(name: str, path: Path, split: str) -> ImageSource:
         files += found
         labels += [label] * len(found)
 
+    # A number says no more about its class than the label does.
+    names = () if _numeric(classes) else tuple(folder.name for folder in classes)
+    return _source(name, files, np.array(labels, dtype=np.int64), names)
+
+
+def open_flat(name: str, path: Path) -> ImageSource:
+    """Every image in ``path`` and its sub-folders, without labels.
+
+    Raises:
+        DataError: if there are none.
+    """
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not _hidden(file, path))
+    if not files:
+        raise DataError(f"{path}: expected images ({', '.join(sorted(SUFFIXES))}), got none; check the path")
+    return _source(name, files, np.zeros(len(files), dtype=np.int64))
+
+
+def _source(name: str, files: list[Path], labels: Indices, names: tuple[str, ...] = ()) -> ImageSource:
     def images(indices: Indices) -> Images:
         for index in indices:
             where = str(files[index])
@@ -48,9 +66,11 @@ def open_folder(name: str, path: Path, split: str) -> ImageSource:
                 raise DataError(f"{where}: cannot be read ({error.strerror}); check the file") from error
             yield where, decode_image(where, data)
 
-    # A number says no more about its class than the label does.
-    names = () if _numeric(classes) else tuple(folder.name for folder in classes)
-    return ImageSource(name, np.array(labels, dtype=np.int64), images, names)
+    return ImageSource(name, labels, images, names, tuple(files))
+
+
+def _hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
 
 
 def _visible(path: Path) -> list[Path]:

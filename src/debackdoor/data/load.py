@@ -7,7 +7,7 @@ from pathlib import Path
 
 from debackdoor.data.cifar import find_layout, open_cifar
 from debackdoor.data.digits import open_digits
-from debackdoor.data.folder import open_folder
+from debackdoor.data.folder import open_flat, open_folder
 from debackdoor.data.named import FOLDERS, named_folder
 from debackdoor.data.npz import open_npz
 from debackdoor.data.parquet import find_parquet, open_parquet
@@ -64,18 +64,33 @@ def load_dataset(
         DataError: if the source is unknown, unreadable or malformed, its images differ in size and ``image_size`` is
             None, or an argument is out of range. The message names the file or row.
     """
-    if split not in ("train", "test"):
-        raise DataError(f"expected split to be train or test, got {split!r}; choose one of the two")
+    opened = open_source(source, split)
     if image_size is not None and image_size < 1:
         raise DataError(f"expected image_size to be at least 1 pixel, got {image_size}; leave it out to keep the size")
-    try:
-        opened = _open(source, split)
-    except OSError as error:
-        raise DataError(f"{source}: cannot be read ({error.strerror}); check the path and its permissions") from error
     return read(opened, balanced_sample(opened.labels, limit, seed), image_size)
 
 
-def _open(source: str | os.PathLike[str], split: str) -> ImageSource:
+def open_source(source: str | os.PathLike[str], split: str, labelled: bool = True) -> ImageSource:
+    """What a user names as DATA, its images not decoded yet.
+
+    Args:
+        source: as for :func:`load_dataset`.
+        split: ``train`` or ``test``.
+        labelled: whether labels are needed; without, they are all 0 where a file has none, and a folder is any folder
+            with images in it or its sub-folders.
+
+    Raises:
+        DataError: if the source is unknown, unreadable or malformed.
+    """
+    if split not in ("train", "test"):
+        raise DataError(f"expected split to be train or test, got {split!r}; choose one of the two")
+    try:
+        return _open(source, split, labelled)
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror}); check the path and its permissions") from error
+
+
+def _open(source: str | os.PathLike[str], split: str, labelled: bool) -> ImageSource:
     name, path = str(source), Path(source)
     if source == "digits":
         return open_digits(name, split)
@@ -85,12 +100,12 @@ def _open(source: str | os.PathLike[str], split: str) -> ImageSource:
         if layout := find_layout(path):
             return open_cifar(name, path, layout, split)
         if files := find_parquet(path, split):
-            return open_parquet(name, files)
-        return open_folder(name, path, split)
+            return open_parquet(name, files, labelled)
+        return open_folder(name, path, split) if labelled else open_flat(name, path)
     if path.is_file() and path.suffix.lower() == ".parquet":
-        return open_parquet(name, [path])
+        return open_parquet(name, [path], labelled)
     if path.is_file() and path.suffix.lower() == ".npz":
-        return open_npz(name, path)
+        return open_npz(name, path, labelled)
     got = "a file of another kind" if path.exists() else "a path that does not exist"
     words = ", ".join(("digits", *FOLDERS))
     raise DataError(

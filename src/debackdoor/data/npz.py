@@ -11,16 +11,16 @@ from debackdoor.data.source import Images, ImageSource, Indices, reason
 from debackdoor.errors import DataError
 
 
-def open_npz(name: str, path: Path) -> ImageSource:
+def open_npz(name: str, path: Path, labelled: bool = True) -> ImageSource:
     """The images of an ``.npz`` file. Nothing in it is ever unpickled.
 
     ``x`` is uint8 (N, H, W, C), or float (N, C, H, W) in [0, 1], or either as (N, H, W) grey; C is 1, 3 or 4 (alpha).
-    ``y`` is integer (N,).
+    ``y`` is integer (N,); where no labels are needed it may be missing.
 
     Raises:
         DataError: if the file cannot be read or an array is missing or not as above.
     """
-    x, y = _arrays(path)
+    x, y = _arrays(path, labelled)
     pixels = _channels_last(path, x)
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer) or len(y) != len(x):
         raise DataError(
@@ -33,20 +33,24 @@ def open_npz(name: str, path: Path) -> ImageSource:
     return ImageSource(name, y.astype(np.int64), images)
 
 
-def _arrays(path: Path) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
+def _arrays(path: Path, labelled: bool) -> tuple[NDArray[np.generic], NDArray[np.generic]]:
     try:
         archive = np.load(path, allow_pickle=False)
         names = set(archive.files) if isinstance(archive, np.lib.npyio.NpzFile) else set()
         if {"x", "y"} <= names:
             with archive:
                 return archive["x"], archive["y"]
+        if "x" in names and not labelled:
+            with archive:
+                return archive["x"], np.zeros(len(archive["x"]), dtype=np.int64)
     except Exception as error:  # a damaged archive can raise nearly anything
         raise DataError(
             f"{path}: expected a NumPy archive of plain arrays, got an error ({reason(error)}); "
             "save it with numpy.savez(path, x=..., y=...)"
         ) from error
     raise DataError(
-        f"{path}: expected an archive of the arrays x and y, got {', '.join(sorted(names)) or 'none'}; "
+        f"{path}: expected an archive of {'the arrays x and y' if labelled else 'an array x'}, "
+        f"got {', '.join(sorted(names)) or 'none'}; "
         "save it with numpy.savez(path, x=..., y=...)"
     )
 

@@ -21,7 +21,7 @@ def find_parquet(folder: Path, split: str) -> list[Path]:
     return found[split] or found["train"] or found["test"]
 
 
-def open_parquet(name: str, paths: Sequence[Path]) -> ImageSource:
+def open_parquet(name: str, paths: Sequence[Path], labelled: bool = True) -> ImageSource:
     """The rows of parquet files with a column ``image`` (a struct with ``bytes``, or binary) and an integer ``label``.
 
     Class names come from the Hugging Face metadata of the first file's schema. Images are read one row group at a time.
@@ -29,7 +29,7 @@ def open_parquet(name: str, paths: Sequence[Path]) -> ImageSource:
     Raises:
         DataError: if a file cannot be read, or a column is missing, of another type, or has an empty entry.
     """
-    labels = [_labels(path) for path in paths]
+    labels = [_labels(path, labelled) for path in paths]
     starts = np.cumsum([0, *(len(part) for part in labels)])
 
     def images(indices: Indices) -> Images:
@@ -41,10 +41,11 @@ def open_parquet(name: str, paths: Sequence[Path]) -> ImageSource:
     return ImageSource(name, np.concatenate(labels), images, _class_names(paths[0]))
 
 
-def _labels(path: Path) -> Indices:
+def _labels(path: Path, labelled: bool) -> Indices:
     try:
         with pq.ParquetFile(path) as file:
-            _check_columns(path, file.schema_arrow)
+            if not _check_columns(path, file.schema_arrow, labelled):
+                return np.zeros(file.metadata.num_rows, dtype=np.int64)
             column = file.read(columns=["label"]).column("label")
         if column.null_count:
             row = column.is_null().to_numpy().argmax()
@@ -54,17 +55,23 @@ def _labels(path: Path) -> Indices:
         raise _unreadable(path, error) from error
 
 
-def _check_columns(path: Path, schema: pa.Schema) -> None:
+def _check_columns(path: Path, schema: pa.Schema, labelled: bool) -> bool:
+    """Whether labels are to be read; where none are needed they may be missing, or of any type."""
     types = dict(zip(schema.names, schema.types, strict=True))
-    if not {"image", "label"} <= set(types):
-        raise DataError(f"{path}: expected columns image and label, got {', '.join(types) or 'none'}; rename them")
-    if not pa.types.is_integer(types["label"]):
+    wanted = ("image", "label") if labelled else ("image",)
+    if not set(wanted) <= set(types):
+        raise DataError(
+            f"{path}: expected {'columns' if labelled else 'a column'} {' and '.join(wanted)}, "
+            f"got {', '.join(types) or 'none'}; rename them"
+        )
+    if labelled and not pa.types.is_integer(types["label"]):
         raise DataError(f"{path}: expected integers in the column label, got {types['label']}; convert them")
     if not _is_binary(_bytes_type(types["image"])):
         raise DataError(
             f"{path}: expected the column image to hold encoded images (binary, or a struct with bytes), "
             f"got {types['image']}; store each image as PNG or JPEG bytes"
         )
+    return labelled
 
 
 def _bytes_type(image: pa.DataType) -> pa.DataType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ class ImageSource:
         labels: int64, one an image.
         images: called with ascending indices, yields those images in that order.
         class_names: one name a class, or empty.
+        files: one an image, where each has a file of its own; else None.
 
     Raises:
         DataError: if there is no image, or a label is negative or has no name.
@@ -37,6 +39,7 @@ class ImageSource:
     labels: Indices
     images: Callable[[Indices], Images]
     class_names: tuple[str, ...] = ()
+    files: tuple[Path, ...] | None = None
 
     def __post_init__(self) -> None:
         if len(self.labels) == 0:

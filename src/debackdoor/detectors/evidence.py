@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,9 @@ MOST_LABELS = 12
 COMPARED = 5
 """Labels that were not suspect, beside which those that were are looked at again."""
 
+SIGNS = ("pile-up", "margin", *(kind.kind for kind in KINDS))
+"""All that can speak against a label."""
+
 TRIGGERS = 8
 """At least this many perturbations stand in for the trigger when it is unlearned."""
 
@@ -56,22 +60,44 @@ class Evidence:
     pile_up: PileUp | None = None
 
     @property
-    def reasons(self) -> Mapping[int, tuple[str, ...]]:
-        """The suspect labels and what speaks against each, the most suspect first."""
-        found: dict[int, list[str]] = defaultdict(list)
-        above = 0.0 if self.pile_up is None else self.pile_up.share - 1 / len(self.margins.values)
-        agreed = self.pile_up is not None and self.pile_up.label == self.margins.label
-        agreed = agreed and above >= FAINT and self.margins.p_value <= FAIRLY_RARE
-        if self.pile_up is not None and (agreed or above >= PILED_UP):
-            found[self.pile_up.label].append("pile-up")
-        if agreed or self.margins.p_value <= RARE:
-            found[self.margins.label].append("margin")
+    def strengths(self) -> Mapping[int, Mapping[str, float]]:
+        """What speaks against every label: each sign as a multiple of its threshold, at least 1 where it counts."""
+        found: dict[int, dict[str, float]] = defaultdict(dict)
+        rarity = -math.log(max(self.margins.p_value, sys.float_info.min))
+        found[self.margins.label]["margin"] = rarity / -math.log(RARE)
+        if self.pile_up is not None:
+            above = self.pile_up.share - 1 / len(self.margins.values)
+            found[self.pile_up.label]["pile-up"] = above / PILED_UP
+            if self.pile_up.label == self.margins.label:
+                together = min(above / FAINT, rarity / -math.log(FAIRLY_RARE))
+                signs = found[self.margins.label]
+                # Together they count only where both are there; below that each speaks for itself.
+                signs.update({name: max(value, together) for name, value in signs.items()} if together >= 1 else {})
         for kind, rates in self.shortcuts.rates.items():
             for label in rates:
-                if self.shortcuts.lead(kind, label) >= STANDS_OUT:
-                    found[label].append(kind)
+                found[label][kind] = self.shortcuts.lead(kind, label) / STANDS_OUT
+        return found
+
+    @property
+    def reasons(self) -> Mapping[int, tuple[str, ...]]:
+        """The suspect labels and what speaks against each, the most suspect first."""
+        counts = {
+            label: tuple(name for name in SIGNS if signs.get(name, 0) >= 1) for label, signs in self.strengths.items()
+        }
+        found = {label: names for label, names in counts.items() if names}
         order = sorted(found, key=lambda label: (-len(found[label]), -self._lead(label), label))
-        return {label: tuple(found[label]) for label in order}
+        return {label: found[label] for label in order}
+
+    @property
+    def score(self) -> float:
+        """The strongest sign as a multiple of its threshold: at least 1 where a backdoor is exposed."""
+        return max(self.shortcuts.spread / STANDS_OUT, *(max(signs.values()) for signs in self.strengths.values()))
+
+    @property
+    def nearest(self) -> int:
+        """The label that the strongest sign speaks against, whether that counts or not."""
+        strengths = self.strengths
+        return max(strengths, key=lambda label: max(strengths[label].values()))
 
     def _lead(self, label: int) -> float:
         return sum(self.shortcuts.lead(kind, label) for kind in self.shortcuts.rates)
@@ -104,6 +130,7 @@ class Evidence:
             f"margin_ratio_{when}": self.margins.ratio,
             f"margin_p_value_{when}": self.margins.p_value,
             f"away_{when}": self.shortcuts.away,
+            f"gathered_{when}": self.shortcuts.gathered,
         }
         if self.pile_up is not None:
             numbers |= {f"pile_up_label_{when}": self.pile_up.label, f"pile_up_share_{when}": self.pile_up.share}

@@ -42,3 +42,14 @@ def largest_pile_up(history: Sequence[Mapping[str, Any]]) -> PileUp:
 def peak_share(history: Sequence[Mapping[str, Any]], label: int) -> float:
     """The largest share of answers that the label gets at any check."""
     return max(float(row["label_shares"][label]) for row in history)
+
+
+def growth(history: Sequence[Mapping[str, Any]], label: int) -> float:
+    """How much of the answers the label gains up to its peak, for each part of the accuracy that is lost by then.
+
+    1 means that every answer that turned wrong went to the label; an even spread gives 1 / (K - 1) or less.
+    """
+    peak = max(history, key=lambda row: row["label_shares"][label])
+    first = history[0]
+    lost = float(first["accuracy"] - peak["accuracy"])
+    return float(peak["label_shares"][label] - first["label_shares"][label]) / lost if lost > 0 else 0.0

@@ -16,7 +16,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from debackdoor.errors import check_positive
-from debackdoor.models.forward import logits_of
+from debackdoor.models.forward import logits_of, margins_of
 from debackdoor.runtime import autocast, generator
 from debackdoor.types import Progress
 
@@ -118,8 +118,7 @@ def _climb(model: nn.Module, start: Tensor, labels: Tensor, settings: MarginSett
     for _ in range(settings.steps):
         with autocast(x.device, precision):
             logits = logits_of(model(x)).float()
-        own = logits.gather(1, labels[:, None])[:, 0]
-        margin = own - logits.scatter(1, labels[:, None], -math.inf).amax(1)
+        margin = margins_of(logits, labels)
         best = torch.maximum(best, margin.detach())
         (x.grad,) = torch.autograd.grad(-margin.sum(), x)
         optimizer.step()

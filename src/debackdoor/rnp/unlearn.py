@@ -42,6 +42,11 @@ class Unlearned:
     label_shares: list[float]
     history: list[dict[str, Any]]
 
+    @property
+    def forgot(self) -> bool:
+        """Whether the clean task was unlearned; else nothing is exposed."""
+        return self.reason not in ("steps", "stuck")
+
 
 @dataclass(frozen=True, kw_only=True)
 class UnlearnSettings:

@@ -1,0 +1,238 @@
+"""Finds triggered images with the zoo's backdoored models, once a seed; writes a run record of each and a table of all.
+
+    python benchmarks/sample_zoo.py run --out benchmarks/results/samples
+    python benchmarks/sample_zoo.py run --detector spectral --triggered 25 --out benchmarks/results/samples-few
+    python benchmarks/sample_zoo.py table benchmarks/results/samples --into docs/results.md
+
+Every detector gets the model, clean training images that nothing was taught on, and a pile of test images, of which
+some carry the trigger; once with the suspect model and once with the exposed one. Triggered images of an all-to-one
+backdoor are of other classes than its target; whether the trigger succeeds on them is not asked.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from repair_zoo import _commit, _replace
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+import debackdoor as db
+from debackdoor.attacks import load_trigger
+from debackdoor.attacks.base import ALL_TO_ONE
+from debackdoor.data import split_clean
+from debackdoor.defenses import RNP
+from debackdoor.detectors.clustering import ActivationClustering
+from debackdoor.detectors.cognitive_distillation import CognitiveDistillation
+from debackdoor.detectors.sample_base import SampleDetector
+from debackdoor.detectors.samples import ExposedMargin
+from debackdoor.detectors.spectral import SpectralSignatures
+from debackdoor.detectors.strip import STRIP
+from debackdoor.files import atomic_write_text
+from debackdoor.models import load_model
+from debackdoor.models.forward import predict, to_faster_layout
+from debackdoor.runtime import generator, versions
+from debackdoor.types import CleanSet
+from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
+
+HOLDOUT = 0.25
+"""The share of the clean images that detectors get; the model is exposed with the rest."""
+FALSE_POSITIVES = 0.01
+"""The share of the clean images that a threshold is set to flag."""
+SLOW = {CognitiveDistillation.name: 0.4}
+"""Detectors that get the first images of the pile only, and how large a share."""
+
+OURS = (ExposedMargin,)
+BASELINES = (STRIP, CognitiveDistillation, SpectralSignatures, ActivationClustering)
+DETECTORS: dict[str, type[SampleDetector]] = {kind.name: kind for kind in (*BASELINES, *OURS)}
+"""By name; ours takes the exposed model only."""
+
+Record = Mapping[str, Any]
+
+app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(help="folder for the records")],
+    names: Annotated[list[str] | None, typer.Argument(help="models of the zoo; by default all with a backdoor")] = None,
+    zoo: Annotated[Path, typer.Option(help="the tier's folder")] = Path("zoo/slim"),
+    detectors: Annotated[list[str] | None, typer.Option("--detector", help=f"out of {', '.join(DETECTORS)}")] = None,
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="of the images and all methods")] = None,
+    limit: Annotated[int, typer.Option(help="clean images")] = 500,
+    clean_tests: Annotated[int, typer.Option(help="images without trigger in the pile")] = 500,
+    triggered: Annotated[int, typer.Option(help="images with it")] = 500,
+) -> None:
+    """One record a model and seed; finished ones are skipped."""
+    unknown = set(detectors or ()) - set(DETECTORS)
+    if unknown:
+        raise typer.BadParameter(f"expected detectors out of {', '.join(DETECTORS)}, got {', '.join(sorted(unknown))}")
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = [DETECTORS[name] for name in detectors or DETECTORS]
+    cards = [card for card in list_cards(zoo) if card.attack != CLEAN and (not names or card.name in names)]
+    for card, seed in product(cards, seeds or [0]):
+        target = out / f"{card.name}-seed{seed}-n{limit}.json"
+        if not target.exists():
+            record = measure(card, zoo, chosen, seed, limit, (clean_tests, triggered))
+            atomic_write_text(target, json.dumps(record, indent=1) + "\n")
+            typer.echo(row(card.name, [record], list(record["aurocs"])))
+
+
+def measure(
+    card: Card, zoo: Path, detectors: Sequence[type[SampleDetector]], seed: int, limit: int, sizes: tuple[int, int]
+) -> dict[str, Any]:
+    """Lets every detector judge one pile, with one model and with what unlearning makes of it."""
+    fit, clean = split_clean(db.load_clean(card.dataset, limit=limit, seed=seed), HOLDOUT, seed)
+    model = load_model(weights_of(zoo, card.name), card.arch).eval()
+    to_faster_layout(model, clean.x[:2])
+    pile = draw_pile(card, zoo, seed, sizes)
+    succeeded = predict(model, pile.triggered).argmax(1) == pile.wanted
+    started = time.perf_counter()
+    exposed = RNP(seed=seed).expose(model, fit).unlearned
+    seconds = time.perf_counter() - started
+    found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
+    images = {}
+    for detector in detectors:
+        part = pile.beginning(SLOW.get(detector.name, 1.0))
+        images[detector.name] = {"clean": len(part.clean), "triggered": len(part.triggered)}
+        answers = predict(model, part.x).argmax(1)
+        for which, judge in (("original", model), ("exposed", exposed.model)):
+            if which == "original" and detector in OURS:
+                continue
+            for what, value in _judge(detector(seed=seed), judge, clean, part, answers).items():
+                found[what][detector.name][which] = value
+    return {
+        "schema": "debackdoor/samples/1",
+        "model": card.name,
+        "attack": card.attack,
+        "dataset": card.dataset,
+        "arch": card.arch,
+        "target": card.target,
+        "mode": card.mode,
+        "seed": seed,
+        "clean_images": limit,
+        "holdout_images": len(clean),
+        "images": images,
+        "triggers_that_succeed": int(succeeded.sum()) / len(succeeded),
+        "exposed": {"reason": exposed.reason, "accuracy": exposed.accuracy, "seconds": round(seconds, 1)},
+        "false_positives_aimed_at": FALSE_POSITIVES,
+        **found,
+        "sha256": card.sha256,
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "error": None,
+    }
+
+
+@dataclass(frozen=True)
+class Pile:
+    """Test images without and with the trigger, no image in both.
+
+    Attributes:
+        clean: float32 (N, C, H, W).
+        triggered: float32 (M, C, H, W).
+        wanted: int64 (M,), the labels that the attacker wants for them.
+    """
+
+    clean: Tensor
+    triggered: Tensor
+    wanted: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        """All of them, the clean ones first."""
+        return torch.cat([self.clean, self.triggered])
+
+    def beginning(self, share: float) -> Pile:
+        """The first of each, at least one."""
+        clean, triggered = (max(1, round(share * len(part))) for part in (self.clean, self.triggered))
+        return Pile(self.clean[:clean], self.triggered[:triggered], self.wanted[:triggered])
+
+
+def draw_pile(card: Card, zoo: Path, seed: int, sizes: tuple[int, int]) -> Pile:
+    """So many images without trigger and so many with it, drawn from the test set."""
+    test, attack = db.load_clean(card.dataset, limit=None, split="test"), load_trigger(trigger_of(zoo, card.name))
+    order = torch.randperm(len(test), generator=generator(seed))
+    clean, rest = order[: sizes[0]], order[sizes[0] :]
+    if attack.mode == ALL_TO_ONE:
+        rest = rest[test.y[rest] != attack.target]
+    victims = test.subset(rest[: sizes[1]])
+    return Pile(test.x[clean], attack.apply(victims.x), attack.target_labels(victims.y))
+
+
+def _judge(
+    detector: SampleDetector, model: nn.Module, clean: CleanSet, pile: Pile, answers: Tensor
+) -> dict[str, float]:
+    """How well one detector tells the pile's halves apart, and what a threshold from clean images flags of each."""
+    started = time.perf_counter()
+    scores, of_clean = detector(model, clean, pile.x, answers)
+    seconds = time.perf_counter() - started
+    triggered = torch.arange(len(scores)) >= len(pile.clean)
+    flagged = scores > of_clean.quantile(1 - FALSE_POSITIVES)
+    return {
+        "aurocs": float(roc_auc_score(triggered, scores)),
+        "true_positive_rates": int(flagged[triggered].sum()) / len(pile.triggered),
+        "false_positive_rates": int(flagged[~triggered].sum()) / len(pile.clean),
+        "seconds": round(seconds, 1),
+    }
+
+
+@app.command()
+def table(
+    records: Annotated[Path, typer.Argument(help="folder of records")],
+    into: Annotated[Path | None, typer.Option(help="page whose table between the markers is replaced")] = None,
+) -> None:
+    """A Markdown table: AUROC of every model and detector, means over the seeds; mean and worst at the end."""
+    paths = sorted(records.glob("*.json"))
+    if not paths:
+        raise typer.BadParameter(f"{records}: expected at least one record, got none; write some with 'run'")
+    rendered = render([json.loads(path.read_text()) for path in paths])
+    if into is None:
+        typer.echo(rendered)
+    else:
+        _replace(into, records.name, rendered)
+
+
+def render(records: Sequence[Record]) -> str:
+    """One row a model; in each cell the AUROC on the original and on the exposed model."""
+    by_model: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_model[record["model"]].append(record)
+    detectors = list(dict.fromkeys(name for record in records for name in record["aurocs"]))
+    lines = ["| model | " + " | ".join(detectors) + " |", "|---" * (len(detectors) + 1) + "|"]
+    lines += [row(model, found, detectors) for model, found in by_model.items()]
+    for name, summarise in (("mean", statistics.mean), ("worst", min)):
+        cells = (_cell(list(by_model.values()), detector, summarise) for detector in detectors)
+        lines.append(f"| **{name}** | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def row(model: str, records: Sequence[Record], detectors: Sequence[str]) -> str:
+    """One model: means over its records."""
+    cells = (_cell([records], detector, statistics.mean) for detector in detectors)
+    return f"| {model} | " + " | ".join(cells) + " |"
+
+
+def _cell(models: Sequence[Sequence[Record]], detector: str, summarise: Callable[[Sequence[float]], float]) -> str:
+    """``original / exposed``, each a summary over the models' means over their records; one where there is only one."""
+    parts = []
+    for which in ("original", "exposed"):
+        values = [[record["aurocs"].get(detector, {}).get(which) for record in records] for records in models]
+        means = [statistics.mean(found) for found in values if None not in found]
+        parts += [f"{summarise(means):.3f}"] if means else []
+    return " / ".join(parts) or "-"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,179 @@
+"""Scans the zoo's models, once a seed; writes a run record of each, tables, and how the threshold was calibrated.
+
+    python benchmarks/scan_zoo.py run --out benchmarks/results/scan
+    python benchmarks/scan_zoo.py table benchmarks/results/scan --into docs/results.md
+    python benchmarks/scan_zoo.py calibrate benchmarks/results/scan --into docs/results.md
+
+A scan gets the model and the clean images alone. Neural Cleanse is run beside it on the suspect model, as published,
+and on the exposed one; the true trigger is looked at once, when all are done.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from repair_zoo import _commit, _replace
+from scan_tables import calibration, render
+from torch import Tensor
+
+import debackdoor as db
+from debackdoor.attacks import load_trigger
+from debackdoor.case import open_case
+from debackdoor.defenses import RNP
+from debackdoor.detectors.neural_cleanse import Anomalies, neural_cleanse
+from debackdoor.detectors.trigger import success_rate
+from debackdoor.files import atomic_write_text
+from debackdoor.models import load_model
+from debackdoor.runtime import versions
+from debackdoor.scan import scan_case
+from debackdoor.types import CleanSet, RecoveredTrigger
+from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
+
+PATCHES = ("badnets", "trojan", "cl", "awp")
+"""The attacks whose triggers cover a part of the image that does not depend on it."""
+
+FARTHEST = 8
+"""Masks are also compared after a shift of up to so many pixels: training shifts images, and with them the trigger."""
+
+app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+
+
+@app.command()
+def run(
+    out: Annotated[Path, typer.Option(help="folder for the records")],
+    names: Annotated[list[str] | None, typer.Argument(help="models of the zoo; by default all")] = None,
+    zoo: Annotated[Path, typer.Option(help="the tier's folder")] = Path("zoo/slim"),
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="of the clean images and the searches")] = None,
+    limit: Annotated[int, typer.Option(help="clean images")] = 500,
+    baseline: Annotated[bool, typer.Option(help="run Neural Cleanse beside it")] = True,
+) -> None:
+    """One record a model and seed; finished ones are skipped."""
+    out.mkdir(parents=True, exist_ok=True)
+    cards = [card for card in list_cards(zoo) if not names or card.name in names]
+    for card, seed in product(cards, seeds or [0]):
+        target = out / f"{card.name}-seed{seed}-n{limit}.json"
+        if not target.exists():
+            record = measure(card, zoo, seed, limit, baseline)
+            atomic_write_text(target, json.dumps(record, indent=1) + "\n")
+            typer.echo(f"{card.name} seed {seed}: {record['verdict']}, {record['score']:.2f}, {record['seconds']} s")
+
+
+def measure(card: Card, zoo: Path, seed: int, limit: int, baseline: bool) -> dict[str, Any]:
+    """Scans one model, and lets Neural Cleanse look at it and at its exposed copy."""
+    clean = db.load_clean(card.dataset, limit=limit, seed=seed)
+    model = load_model(weights_of(zoo, card.name), card.arch)
+    started = time.perf_counter()
+    case = open_case(model, clean, RNP(seed=seed))
+    exposure = case.expose()
+    report = scan_case(case, exposure)
+    seconds = time.perf_counter() - started
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    recovered = {"scan": report.trigger} if report.trigger is not None else {}
+    cleansed = {}
+    for which, judge in {"original": case.suspect, "exposed": exposure.unlearned.model}.items() if baseline else ():
+        found = neural_cleanse(judge.requires_grad_(False), case.fit, case.holdout, case.classes, seed=seed)
+        cleansed[which] = {"index": found.index, "label": found.label, "l1": [item.l1 for item in found.triggers]}
+        recovered[f"neural-cleanse-{which}"] = _towards(found, card)
+    return {
+        "schema": "debackdoor/scan-bench/1",
+        "model": card.name,
+        "attack": card.attack,
+        "dataset": card.dataset,
+        "arch": card.arch,
+        "target": card.target,
+        "mode": card.mode,
+        "seed": seed,
+        "clean_images": len(clean),
+        "verdict": report.verdict,
+        "message": report.message,
+        "score": report.score,
+        "all_to_all": report.all_to_all,
+        "suspects": [{"label": suspect.label, "reasons": list(suspect.reasons)} for suspect in report.suspects],
+        "evidence": dict(report.evidence),
+        "neural_cleanse": cleansed,
+        "triggers": {} if card.attack == CLEAN else _triggers(recovered, case.suspect, case.holdout, card, zoo),
+        "seconds": round(seconds, 1),
+        "peak_memory_mib": peak,
+        "sha256": card.sha256,
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+        "error": None,
+    }
+
+
+def _towards(found: Anomalies, card: Card) -> RecoveredTrigger:
+    """The trigger towards the true target, so that a wrong guess of the label does not count twice."""
+    return found.triggers[found.label if card.target is None else card.target]
+
+
+def _triggers(
+    recovered: dict[str, RecoveredTrigger], suspect: torch.nn.Module, holdout: CleanSet, card: Card, zoo: Path
+) -> dict[str, dict[str, Any]]:
+    """What recovered triggers do to the suspect model, and how far their masks are the true ones."""
+    attack, found = load_trigger(trigger_of(zoo, card.name)), {}
+    true = (attack.apply(holdout.x) - holdout.x).abs().amax((0, 1)) > 1e-3
+    for name, trigger in recovered.items():
+        row: dict[str, Any] = {"label": trigger.label, "l1": trigger.l1}
+        row["success_rate"] = success_rate(suspect, trigger, holdout)
+        if card.attack in PATCHES and card.target == trigger.label:
+            mask = trigger.mask[0] > trigger.mask.max() / 2
+            row |= {"iou": overlap(mask, true), "shifted_iou": best_overlap(mask, true)}
+        found[name] = row
+    return found
+
+
+def overlap(one: Tensor, other: Tensor) -> float:
+    """Intersection over union of two bool masks (H, W); 0 where both are empty."""
+    return int((one & other).sum()) / max(1, int((one | other).sum()))
+
+
+def best_overlap(mask: Tensor, true: Tensor) -> float:
+    """The largest intersection over union after a shift of the mask by at most ``FARTHEST`` pixels each way."""
+    shifts = range(-FARTHEST, FARTHEST + 1)
+    padded = torch.nn.functional.pad(mask, [FARTHEST] * 4)
+    height, width = true.shape
+    return max(
+        overlap(padded[FARTHEST + y : FARTHEST + y + height, FARTHEST + x : FARTHEST + x + width], true)
+        for y, x in product(shifts, shifts)
+    )
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def _put(text: str, into: Path | None, marker: str) -> None:
+    if into is None:
+        typer.echo(text)
+    else:
+        _replace(into, marker, text)
+
+
+@app.command()
+def table(
+    records: Annotated[Path, typer.Argument(help="folder of records")],
+    into: Annotated[Path | None, typer.Option(help="page whose table between the markers is replaced")] = None,
+) -> None:
+    """A Markdown table: verdict, score and label of every model, Neural Cleanse beside it, and AUROCs."""
+    _put(render(_read(records)), into, records.name)
+
+
+@app.command()
+def calibrate(
+    records: Annotated[Path, typer.Argument(help="folder of records")],
+    into: Annotated[Path | None, typer.Option(help="page whose table between the markers is replaced")] = None,
+) -> None:
+    """The threshold on the score, chosen without each network in turn and tried on it."""
+    _put(calibration(_read(records)), into, f"{records.name}-calibration")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,136 @@
+"""What scan, repair and sample detection begin with: a copy of the suspect model, and the clean images in two parts.
+
+Everything is chosen from the clean set alone: its fit part teaches, its hold-out part decides.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from debackdoor.data import check_clean_set, split_clean
+from debackdoor.defenses.rnp import RNP, Exposure
+from debackdoor.detectors.evidence import Evidence, Examination
+from debackdoor.detectors.label import largest_pile_up
+from debackdoor.errors import ChanceError, DebackdoorError, ModelError
+from debackdoor.models.forward import accuracy, predict, to_faster_layout
+from debackdoor.rnp.modes import uses_batch_statistics
+from debackdoor.rnp.unlearn import Unlearned, unlearn
+from debackdoor.runtime import resolve_device
+from debackdoor.types import CleanSet, Progress
+
+HOLDOUT = 0.25
+"""The share of the clean set that decides; the rest teaches, and relearning needs it more."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A suspect model and what it is examined with.
+
+    Attributes:
+        suspect: a copy of the caller's model, in eval mode, on the device that is computed on.
+        clean: all clean images, on that device.
+        fit: the part that teaches.
+        holdout: the part that decides.
+        classes: how many logits the model has.
+        method: unlearns, recovers and prunes.
+        progress: called from inside long loops.
+    """
+
+    suspect: nn.Module
+    clean: CleanSet
+    fit: CleanSet
+    holdout: CleanSet
+    classes: int
+    method: RNP
+    progress: Progress | None
+
+    @property
+    def examine(self) -> Examination:
+        """The searches, the same before and after a repair."""
+        m = self.method
+        return Examination(self.fit, self.holdout, self.classes, m.seed, m.precision, self.progress)
+
+    def unlearn(self, model: nn.Module) -> Unlearned:
+        """Makes a copy of a model forget the clean task."""
+        m = self.method
+        return unlearn(model, self.fit, m.unlearning, seed=m.seed, precision=m.precision, progress=self.progress)
+
+    def expose(self) -> Exposure:
+        """Unlearns the clean task and recovers it."""
+        return self.method.expose(self.suspect, self.fit, progress=self.progress)
+
+    def evidence(self, exposure: Exposure) -> Evidence:
+        """All that speaks for a backdoor in the suspect model."""
+        pile_up = largest_pile_up(exposure.unlearned.history)
+        found = self.examine(self.suspect, pile_up.label)
+        return replace(found, pile_up=pile_up) if uses_batch_statistics(self.suspect) else found
+
+
+def open_case(
+    model: nn.Module, clean: CleanSet, method: RNP, device: str = "auto", progress: Progress | None = None
+) -> Case:
+    """Copies the model, checks that the clean set fits it, and splits that.
+
+    Args:
+        model: any classifier of images (N, C, H, W) in [0, 1]; it is not changed.
+        clean: the defender's trusted samples.
+        method: unlearns, recovers and prunes; its seed is that of the split too.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        progress: called from inside long loops.
+
+    Raises:
+        DataError: if the clean set is too small, holds one class only, or has labels the model does not know.
+        ModelError: if the model's answers do not depend on the image, or are no better than chance.
+    """
+    if method.seed < 0:
+        raise DebackdoorError(f"expected a seed of at least 0, got {method.seed}; correct it")
+    place = resolve_device(device)
+    suspect, clean = copy.deepcopy(model).to(place).eval(), clean.to(place)
+    check_works(suspect, clean, method.precision)
+    to_faster_layout(suspect, clean.x[:2])
+    fit, holdout = split_clean(clean, HOLDOUT, method.seed)
+    classes = predict(suspect, clean.x[:2], precision=method.precision).shape[1]
+    return Case(suspect, clean, fit, holdout, classes, method, progress)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's weights are."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> None:
+    """Checks that the clean set fits the model and that the model can classify it.
+
+    Raises:
+        DataError: if the clean set is too small, holds one class only, or has labels the model does not know.
+        ModelError: if the model's answers do not depend on the image, or are not finite.
+        ChanceError: if they are no better than chance.
+    """
+    try:
+        logits = predict(model, clean.x, precision=precision)
+    except DebackdoorError:
+        raise
+    except Exception as error:  # a model is anyone's code and may raise anything
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"expected the model to take images of shape {tuple(clean.x.shape[1:])}, got '{why}'; "
+            "check --arch and the image size"
+        ) from error
+    check_clean_set(clean, logits.shape[1])
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError("expected finite outputs on the clean images, got NaN or infinity; the weights are damaged")
+    if bool((logits == logits[0]).all()):
+        raise ModelError("expected outputs that depend on the image, got the same for all; the weights are not trained")
+    reached, n = accuracy(logits, clean.y), len(clean)
+    chance = float(torch.bincount(clean.y).max()) / n
+    if reached < chance + 3 * math.sqrt(chance * (1 - chance) / n):
+        raise ChanceError(
+            f"expected the model to classify the clean images, got accuracy {reached:.1%}, no better than chance; "
+            "check the labels' order, --arch, and whether the model wants normalised images (--mean and --std)"
+        )

@@ -1,0 +1,108 @@
+"""``debackdoor detect``: which images of a pile carry the trigger."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from debackdoor.cli import options
+from debackdoor.cli.output import Output, check_folder
+from debackdoor.cli.status import BACKDOORED, OK
+
+if TYPE_CHECKING:
+    from debackdoor.data import Pile
+    from debackdoor.types import SampleScores
+
+BY_CHANCE = 0.001
+"""So many flagged images are a finding where a pile of clean ones gives as many no more often than this."""
+
+SHOWN = 10
+"""As many flagged images are named; the record names all."""
+
+
+def detect(
+    checkpoint: options.Checkpoint,
+    arch: options.Arch,
+    clean: options.CleanData,
+    suspects: Annotated[
+        str, typer.Option(metavar="DATA", help="The images to judge, as --clean takes them; labels are not needed.")
+    ],
+    json_to: options.JsonTo = None,
+    clean_out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Copy the images that pass into this empty or new folder.")
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="exposed-margin, strip, cognitive-distillation, spectral or clustering.")
+    ] = "exposed-margin",
+    on: Annotated[str, typer.Option(help="Let the method look at the exposed or the original model.")] = "exposed",
+    false_positive_rate: Annotated[
+        float, typer.Option("--fpr", min=0, max=1, help="The share of clean images that may be flagged, a fraction.")
+    ] = 0.01,
+    num_classes: options.NumClasses = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    limit: options.Limit = 500,
+    seed: options.Seed = 0,
+    device: options.DeviceName = options.Device.AUTO,
+    precision: options.PrecisionName = options.Precision.AUTO,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> int:
+    """Find the images that carry a model's trigger.
+
+    Nothing is deleted: --clean-out copies what passes.
+
+    Exits with 0 if no more images are flagged than may be by chance, and with 1 if more are.
+    """
+    output = Output(quiet, json_to)
+    output.check_json([checkpoint])
+    if clean_out is not None:
+        check_folder(clean_out.absolute().parent)
+
+    from debackdoor.data import load_clean, load_pile, write_images
+    from debackdoor.detect import detect_samples
+    from debackdoor.models import open_model
+    from debackdoor.report import detect_record, header
+    from debackdoor.runtime import resolve_device
+
+    resolve_device(device)
+    with output.stages() as stages:
+        stages.begin("load")
+        loaded = open_model(checkpoint, arch, num_classes, mean, std)
+        images, pile = load_clean(clean, limit, seed), load_pile(suspects)
+        stages.begin("detect")
+        scores = detect_samples(
+            loaded.model,
+            images,
+            pile.x,
+            method=method,
+            on=on,
+            false_positive_rate=false_positive_rate,
+            seed=seed,
+            device=device,
+            precision=precision,
+            progress=stages,
+        )
+    _describe(output, scores, pile)
+    head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
+    output.write_json(detect_record(head, scores, clean_images=len(images), suspects=pile.names))
+    if clean_out is not None:
+        write_images(pile, ~scores.flagged, clean_out)
+        output.say(f"copied {int((~scores.flagged).sum())} images that pass to {clean_out}")
+    return BACKDOORED if scores.p_value < BY_CHANCE else OK
+
+
+def _describe(output: Output, scores: SampleScores, pile: Pile) -> None:
+    flagged = scores.flagged.nonzero()[:, 0]
+    order = flagged[scores.scores[flagged].argsort(descending=True)].tolist()
+    for index in order[:SHOWN]:
+        label = int(scores.answers[index])
+        output.say(f"flagged: {pile.names[index]}, which the model calls {label} (score {scores.scores[index]:.3g})")
+    if len(order) > SHOWN:
+        output.say(f"... and {len(order) - SHOWN} more, which --json names")
+    output.say(
+        f"{len(order)} of {len(scores)} images are flagged, by {scores.method}; of clean images it would be about "
+        f"{scores.false_positive_rate:.1%}"
+    )

@@ -1,0 +1,161 @@
+"""``debackdoor scan``: whether a checkpoint hides a backdoor."""
+
+from __future__ import annotations
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from debackdoor.cli import options
+from debackdoor.cli.output import Output, check_file
+from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
+from debackdoor.cli.words import numbers_in_words
+from debackdoor.files import atomic_write_text
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from rich.table import Table
+
+    from debackdoor.types import CleanSet, ScanReport
+
+
+_STYLES = {"clean": "bold green", "suspicious": "bold yellow", "backdoored": "bold red", "inconclusive": "bold magenta"}
+
+
+class FailOn(StrEnum):
+    """The verdict from which on a scan ends with exit code 1."""
+
+    SUSPICIOUS = "suspicious"
+    BACKDOORED = "backdoored"
+
+
+def scan(
+    context: typer.Context,
+    checkpoint: options.Checkpoint,
+    arch: options.Arch,
+    clean: options.CleanData,
+    json_to: options.JsonTo = None,
+    html: options.HtmlTo = None,
+    sarif: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the finding as SARIF 2.1.0, for code scanning.")
+    ] = None,
+    fail_on: Annotated[FailOn, typer.Option(help="The verdict from which on the exit code is 1.")] = FailOn.SUSPICIOUS,
+    all_triggers: Annotated[
+        bool, typer.Option("--all-triggers", help="Search for a trigger towards every label, too; takes longer.")
+    ] = False,
+    num_classes: options.NumClasses = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
+    limit: options.Limit = 500,
+    seed: options.Seed = 0,
+    device: options.DeviceName = options.Device.AUTO,
+    precision: options.PrecisionName = options.Precision.AUTO,
+    quiet: options.Quiet = False,
+    debug: options.Debug = False,
+) -> int:
+    """Find out whether a model hides a backdoor.
+
+    A few clean images are all it takes.
+
+    Exits with 0 if nothing was found, with 1 for a finding at or above --fail-on, and with 3 if nothing could be told.
+    """
+    output = Output(quiet, json_to)
+    output.check_json([checkpoint])
+    for path in (html, sarif):
+        if path is not None:
+            check_file(path, [checkpoint], overwrite=True, protect=True)
+
+    from debackdoor.data import load_clean
+    from debackdoor.models import open_model
+    from debackdoor.report import header, scan_record
+    from debackdoor.runtime import resolve_device
+    from debackdoor.scan import scan as scan_model
+
+    resolve_device(device)
+    with output.stages() as stages:
+        stages.begin("load")
+        loaded = open_model(checkpoint, arch, num_classes, mean, std)
+        images = load_clean(clean, limit, seed)
+        stages.begin("scan")
+        report = scan_model(
+            loaded.model,
+            images,
+            all_triggers=all_triggers,
+            seed=seed,
+            device=device,
+            precision=precision,
+            progress=stages,
+        )
+    head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
+    record = scan_record(head, report, clean_images=len(images), fail_on=fail_on)
+    status = _status(report, fail_on)
+    _describe(output, report, len(images))
+    try:
+        output.write_json(record)
+        _write(record, report, images, html, sarif, shlex.join(context.obj))
+    except Exception as error:  # a finding is never hidden by a later error
+        if status != BACKDOORED:
+            raise
+        complain(f"{error}; the finding stands")
+    return status
+
+
+def _status(report: ScanReport, fail_on: FailOn) -> int:
+    if report.verdict == "inconclusive":
+        return INCONCLUSIVE
+    finding = report.verdict == "backdoored" or (report.verdict == "suspicious" and fail_on is FailOn.SUSPICIOUS)
+    return BACKDOORED if finding else OK
+
+
+def _write(
+    record: Mapping[str, Any],
+    report: ScanReport,
+    images: CleanSet,
+    html: Path | None,
+    sarif: Path | None,
+    command: str,
+) -> None:
+    """The other forms of the record, where they are wanted."""
+    if sarif is not None:
+        from debackdoor.report import to_json
+        from debackdoor.report.sarif import sarif as in_sarif
+
+        atomic_write_text(sarif, to_json(in_sarif(record)))
+    if html is not None:
+        from debackdoor.report.page import write_page
+        from debackdoor.report.pictures import Pictures
+
+        pictures = Pictures(trigger=report.trigger, clean=images)
+        write_page(html, record, pictures=pictures, command=command)
+
+
+def _describe(output: Output, report: ScanReport, images: int) -> None:
+    """The verdict and what led to it, in a few lines."""
+    output.say(f"verdict: {report.verdict}", style=_STYLES[report.verdict])
+    output.say(report.message)
+    if report.suspects:
+        output.show(_suspects(report))
+    if report.trigger is not None:
+        trigger = report.trigger
+        output.say(
+            f"a trigger of {trigger.l1:.1f} pixels leads {trigger.success_rate:.0%} of held-out images to label "
+            f"{trigger.label}"
+        )
+    output.say(f"the strongest sign is {report.score:.2f} times its threshold; {images} clean images were used")
+
+
+def _suspects(report: ScanReport) -> Table:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("suspect label", "speaks against it", "numbers"):
+        table.add_column(column, overflow="fold")
+    for suspect in report.suspects:
+        name = f"{suspect.label}" + (f" ({suspect.name})" if suspect.name else "")
+        table.add_row(escape(name), ", ".join(suspect.reasons) or "nearest", numbers_in_words(suspect.evidence))
+    return table

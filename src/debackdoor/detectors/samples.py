@@ -1,0 +1,46 @@
+"""Which images carry the trigger, told by the exposed model.
+
+Li et al., "Reconstructive Neuron Pruning for Backdoor Defense", ICML 2023, abstract: the model that has forgotten the
+clean task still answers to the trigger, and to hardly anything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile, eval_mode
+from debackdoor.models.forward import margins_of, predict
+from debackdoor.types import CleanSet, Progress
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExposedMargin(SampleDetector):
+    """How far the suspect model's answer still leads on the exposed model, in logits.
+
+    Unlearning drives the answers to clean images below all others; a triggered image keeps its own. That needs neither
+    the trigger nor the label, and each image is judged for itself.
+    """
+
+    name: ClassVar[str] = "exposed-margin"
+
+    def __call__(
+        self,
+        model: nn.Module,
+        clean: CleanSet,
+        images: Tensor,
+        answers: Tensor,
+        *,
+        progress: Progress | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        pile = checked_pile(clean, images, answers)
+        with eval_mode(model):
+            found = [
+                checked_numbers(margins_of(predict(model, part.x, precision=self.precision), part.y))
+                for part in (pile, clean)
+            ]
+        if progress is not None:
+            progress("score samples", 1, 1, {})
+        return found[0], found[1]

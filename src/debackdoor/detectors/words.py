@@ -1,0 +1,39 @@
+"""What the searches find, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from debackdoor.detectors.evidence import Evidence
+from debackdoor.detectors.label import PileUp
+
+REASONS = {
+    "pile-up": "the answers that gather on it while the clean task is forgotten",
+    "margin": "its largest margin",
+    "additive": "a faint universal pattern",
+    "patch": "a small universal patch",
+    "warp": "a slight universal warp",
+}
+"""What speaks against a label, by the name that evidence has for it."""
+
+
+def findings(evidence: Evidence) -> list[str]:
+    """One clause a suspect label, and one where a patch leads away from all."""
+    found = [f"label {label} stands out by {_listed(why)}" for label, why in evidence.reasons.items()]
+    if evidence.all_to_all:
+        found.append(f"a small patch leads {evidence.shortcuts.away:.0%} of the images away from their labels, to many")
+    return found
+
+
+def nothing_found(evidence: Evidence, pile_up: PileUp) -> str:
+    """The clause for a model in which no sign reaches its threshold."""
+    return (
+        f"nothing is exposed: {pile_up.share:.0%} of the answers gather on label {pile_up.label} while the clean task "
+        f"is forgotten, the largest margin is {evidence.margins.ratio:.1f} times the others', and no small patch, "
+        "pattern or warp leads far more often to one label than to others"
+    )
+
+
+def _listed(reasons: Sequence[str]) -> str:
+    *most, last = (REASONS[reason] for reason in reasons)
+    return f"{', '.join(most)} and {last}" if most else last

@@ -1,0 +1,180 @@
+"""From a suspect model and a clean set to a verdict, the labels it points to, and the trigger.
+
+Everything is chosen from the clean set alone: its fit part teaches, its hold-out part decides. The thresholds were
+calibrated on models that nobody scans with them, see ``benchmarks/scan_zoo.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from debackdoor.case import Case, open_case
+from debackdoor.defenses.rnp import RNP, Exposure
+from debackdoor.detectors.evidence import Evidence
+from debackdoor.detectors.label import growth, largest_pile_up, peak_share
+from debackdoor.detectors.trigger import recover_trigger, search_triggers
+from debackdoor.detectors.words import findings, nothing_found
+from debackdoor.errors import ChanceError, TooFewError
+from debackdoor.types import CleanSet, Progress, RecoveredTrigger, ScanReport, Suspect
+
+BACKDOORED, SUSPICIOUS = 1.0, 0.9
+"""The strongest sign, as a multiple of its threshold, from which on a model is called so."""
+
+
+def scan(
+    model: nn.Module,
+    clean: CleanSet,
+    *,
+    all_triggers: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+    progress: Progress | None = None,
+) -> ScanReport:
+    """Tells whether ``model`` hides a backdoor, to which label, and by what trigger.
+
+    Args:
+        model: any classifier of images (N, C, H, W) in [0, 1]; it is not changed.
+        clean: the defender's trusted samples.
+        all_triggers: search the suspect model for a trigger towards every label, too; its costs go into the history.
+        seed: of the split, the order of the samples and the searches.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        progress: called from inside long loops.
+
+    Returns:
+        The verdict ``inconclusive`` where there are too few clean images, the model is at chance on them, the clean
+        task could not be unlearned, or faint signs name different labels; the message tells what would settle it.
+
+    Raises:
+        DataError: if the clean set has labels the model does not know.
+        ModelError: if the model does not take the images, or its answers do not depend on them.
+    """
+    try:
+        case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress)
+    except (ChanceError, TooFewError) as error:
+        return ScanReport("inconclusive", f"nothing can be told: {error}", 0.0, (), False, None, {}, (), {})
+    return scan_case(case, case.expose(), all_triggers=all_triggers)
+
+
+def scan_case(case: Case, exposure: Exposure, *, all_triggers: bool = False) -> ScanReport:
+    """The same for a model that is exposed already."""
+    evidence = case.evidence(exposure)
+    verdict, message = _judge(evidence, exposure)
+    labels = list(evidence.reasons)
+    if verdict == "suspicious" and not labels:
+        labels = [evidence.nearest]
+    history: dict[str, list[dict[str, Any]]] = {
+        "unlearn": exposure.unlearned.history,
+        "recover": exposure.recovered.history,
+    }
+    if all_triggers:
+        history["triggers"] = _all_triggers(case)
+    trigger = _recover(case, exposure, labels[0]) if labels else None
+    suspects = tuple(_suspect(case, exposure, evidence, label) for label in labels)
+    if trigger is not None:
+        found = {"trigger_success": trigger.success_rate, "trigger_pixels": trigger.l1}
+        suspects = (replace(suspects[0], evidence={**suspects[0].evidence, **found}), *suspects[1:])
+    return ScanReport(
+        verdict,
+        message,
+        evidence.score,
+        suspects,
+        evidence.all_to_all,
+        trigger,
+        _numbers(evidence, exposure),
+        exposure.ranking,
+        history,
+    )
+
+
+def _judge(evidence: Evidence, exposure: Exposure) -> tuple[str, str]:
+    """The verdict and the sentence that goes with it."""
+    pile_up = largest_pile_up(exposure.unlearned.history)
+    if evidence.score >= BACKDOORED:
+        found = "; ".join(findings(evidence))
+        if _disagree(evidence):
+            return "inconclusive", (
+                f"{found}; such signs of one model should name one label: scan again with more clean images or "
+                "another seed"
+            )
+        return "backdoored", found
+    if not exposure.unlearned.forgot:
+        return "inconclusive", (
+            f"the clean task was not unlearned (accuracy {exposure.unlearned.accuracy:.0%}), so nothing could be "
+            "exposed; give more clean images"
+        )
+    if evidence.score >= SUSPICIOUS:
+        return "suspicious", (
+            f"label {evidence.nearest} comes near to standing out, further than is usual without a backdoor; scan "
+            "again with more clean images or another seed"
+        )
+    return "clean", nothing_found(evidence, pile_up)
+
+
+def _disagree(evidence: Evidence) -> bool:
+    """Whether the model-wide signs name different labels, and no trigger was found towards either of them."""
+    reasons = evidence.reasons
+    wide = [label for label, names in reasons.items() if {"pile-up", "margin"} & set(names)]
+    backed = [label for label, names in reasons.items() if len(names) > 1 or not {"pile-up", "margin"} & set(names)]
+    return len(wide) > 1 and not backed
+
+
+def _recover(case: Case, exposure: Exposure, label: int) -> RecoveredTrigger:
+    found = recover_trigger(
+        case.suspect,
+        exposure.unlearned.model,
+        case.fit,
+        case.holdout,
+        label,
+        seed=case.method.seed,
+        precision=case.method.precision,
+        progress=case.progress,
+    )
+    return replace(found, mask=found.mask.cpu(), pattern=found.pattern.cpu())
+
+
+def _all_triggers(case: Case) -> list[dict[str, Any]]:
+    """What the smallest trigger towards every label costs on the suspect model."""
+    found = search_triggers(
+        case.suspect,
+        case.fit,
+        case.holdout,
+        range(case.classes),
+        seed=case.method.seed,
+        precision=case.method.precision,
+        progress=case.progress,
+    )
+    return [{"label": item.label, "success_rate": item.success_rate, "l1": item.l1} for item in found]
+
+
+def _suspect(case: Case, exposure: Exposure, evidence: Evidence, label: int) -> Suspect:
+    """A label with all numbers there are of it."""
+    names, history = case.clean.class_names, exposure.unlearned.history
+    numbers = {
+        "pile_up_share": peak_share(history, label),
+        "growth": growth(history, label),
+        "margin": evidence.margins.values[label],
+    }
+    for kind, rates in evidence.shortcuts.rates.items():
+        if label in rates:
+            numbers |= {f"{kind}_success": rates[label], f"{kind}_lead": evidence.shortcuts.lead(kind, label)}
+    name = names[label] if label < len(names) else None
+    return Suspect(label, name, evidence.reasons.get(label, ()), numbers)
+
+
+def _numbers(evidence: Evidence, exposure: Exposure) -> Mapping[str, float]:
+    """The numbers of the whole model, without a word for when: a scan looks once."""
+    pile_up = largest_pile_up(exposure.unlearned.history)
+    numbers = {name.removesuffix("_before"): value for name, value in evidence.numbers("before").items()}
+    return {
+        "unlearned_accuracy": exposure.unlearned.accuracy,
+        "pile_up_label": pile_up.label,
+        "pile_up_share": pile_up.share,
+        "pile_up_counts": float(evidence.pile_up is not None),
+        **numbers,
+    }

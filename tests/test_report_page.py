@@ -1,0 +1,374 @@
+"""The report page: what it says for every verdict, what it shows, and that nothing of a model's maker gets to run."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+import report_cases as cases
+from debackdoor.errors import DebackdoorError, MissingDependencyError
+from debackdoor.report import figures
+from debackdoor.report.page import write_page
+from debackdoor.report.pictures import Pictures
+from debackdoor.report.records import to_json
+
+EVIL = "<script>alert('x')</script>\"'&$\\frac{"
+VOID = ("meta", "link", "img", "br")
+
+
+class Page(HTMLParser):
+    """The elements of a page, its words, and everything that a browser would fetch or run."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.open: list[str] = []
+        self.active: list[str] = []
+        self.words = ""
+        self.feed(text)
+        self.words = " ".join(self.words.replace("\u00a0", " ").split())
+
+    def handle_starttag(self, tag: str, attributes: Sequence[tuple[str, str | None]]) -> None:
+        found = {name: value or "" for name, value in attributes}
+        self.elements.append((tag, found))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("script", "iframe", "object", "embed", "form", "base"):
+            self.active.append(tag)
+        self.active += [name for name in found if name.startswith("on")]
+        for name in ("src", "srcset", "href", "xlink:href", "action"):
+            if name in found and not found[name].startswith(("data:", "#")):
+                self.active.append(found[name])
+
+    def handle_startendtag(self, tag: str, attributes: Sequence[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += "" if self.open[-1:] == ["style"] else f"{data} "
+
+    def all(self, tag: str) -> list[dict[str, str]]:
+        return [found for name, found in self.elements if name == tag]
+
+    def alts(self, start: str = "") -> list[str]:
+        return [image["alt"] for image in self.all("img") if image["alt"].startswith(start)]
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Any:
+    """Writes a page and reads it, once it is found to be well formed and passive."""
+
+    def write(record: Any, **given: Any) -> Page:
+        path = tmp_path / "page.html"
+        write_page(path, record, **given)
+        text = path.read_text(encoding="utf-8")
+        assert text.startswith("<!doctype html>")
+        found = Page(text)
+        assert found.open == []
+        assert found.active == []
+        assert "url(http" not in text
+        assert "@import" not in text
+        ids = [element["id"] for _, element in found.elements if "id" in element]
+        assert len(ids) == len(set(ids))
+        assert all(image["alt"] for image in found.all("img"))
+        assert all("scope" in cell for cell in found.all("th"))
+        return found
+
+    return write
+
+
+def pixels(image: dict[str, str]) -> NDArray[np.uint8]:
+    head, _, data = image["src"].partition(",")
+    assert head == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+def everything() -> Pictures:
+    return Pictures(cases.trigger(), cases.clean_set(), cases.sample_scores(), cases.suspect_images())
+
+
+@pytest.mark.parametrize(
+    ("verdict", "word", "tone", "next_step"),
+    [
+        ("backdoored", "Backdoored", "bad", "Do not put the model to use"),
+        ("suspicious", "Suspicious", "warn", "Hold the model back"),
+        ("inconclusive", "Inconclusive", "unknown", "Do not take the model for clean"),
+        ("clean", "No backdoor found", "good", "the model may be used"),
+    ],
+)
+def test_the_verdict_comes_first_then_what_to_do(page: Any, verdict: str, word: str, tone: str, next_step: str) -> None:
+    record = cases.scan(verdict)
+    found = page(record)
+    assert found.elements[[tag for tag, _ in found.elements].index("body") + 2][1]["class"] == f"verdict {tone}"
+    order = [word, record["message"], "What to do next", next_step, "The evidence", "How to reproduce this", "Limits"]
+    places = [found.words.index(part, found.words.index("Verdict of the scan")) for part in order]
+    assert places == sorted(places)
+    assert "is no proof" in found.words
+    assert len(found.all("h1")) == 1
+
+
+def test_the_suspect_label_and_its_evidence(page: Any) -> None:
+    words = page(cases.scan()).words
+    assert "The suspect label: 3 (cat)" in words
+    assert "What speaks against it: the answers that gather on it" in words
+    assert "At the peak: 97.0 % of the answers on 3 (cat), after 30 steps." in words
+    assert "97.0 % on 3 (cat) Counts ; the threshold is 65.0 %" in words
+    assert "p = 2 × 10⁻⁷, 4.3 times the others', for 3 (cat) Counts ; the threshold is p ≤ 0.001" in words
+    assert "99.0 % go to 3 (cat), 87 points above what is usual Counts" in words
+    assert "22.0 % go to 3 (cat), 10 points above what is usual Does not count" in words
+    assert "strongest sign is at 2.23 times its threshold" in words
+
+
+def test_the_bars_stand_for_multiples_of_the_threshold(page: Any) -> None:
+    widths = [item["style"] for item in page(cases.scan()).all("span") if item.get("style")]
+    # (0.97 - 0.1) / 0.55, more than twice, 0.87 / 0.5, 0.69 / 0.5, 0.1 / 0.5, each half as wide as the bar.
+    assert widths == [f"width: {width}%" for width in (79.1, 100, 87.0, 69.0, 10.0)]
+
+
+def test_a_sign_above_its_threshold_need_not_count(page: Any) -> None:
+    found = page(cases.scan("suspicious"))  # a pile-up tells nothing of a network without batch normalisation
+    assert "97.0 % on 3 (cat) Above its threshold, but does not count here; the threshold is 65.0 %" in found.words
+    meters = [item["class"] for item in found.all("span") if item.get("class", "").startswith("meter")]
+    assert meters == ["meter", "meter over", "meter", "meter", "meter"]
+
+
+def test_what_was_not_measured_has_no_row(page: Any) -> None:
+    words = page(cases.scan(evidence={"margin_label": 3.0, "margin_p_value": float("nan"), "away": 0.6})).words
+    assert "60.0 % are led away" in words
+    assert "Largest margin" not in words
+    assert "margin_p_value not known" in words
+    assert "No sign was measured." in page(cases.scan(evidence={})).words
+
+
+def test_evidence_of_a_repair_is_read_too(page: Any) -> None:
+    numbers = {f"{key}_before": value for key, value in cases.evidence().items()}
+    assert "97.0 % on 3 (cat) Counts" in page(cases.scan(evidence=numbers)).words
+
+
+def test_a_label_that_is_only_the_nearest_is_not_called_suspect(page: Any) -> None:
+    nearest = replace(cases.report().suspects[0], reasons=())
+    words = page(cases.scan("clean", suspects=(nearest,))).words
+    assert "The label nearest to a finding: 3 (cat) Nothing counts against it." in words
+    assert "suspect label" not in words
+
+
+def test_several_suspect_labels(page: Any) -> None:
+    one = cases.report().suspects[0]
+    suspects = tuple(replace(one, label=label, name=None) for label in range(12))
+    words = page(cases.scan(suspects=suspects)).words
+    assert "The suspect labels 0 : the answers" in words
+    assert "2 more suspect labels are in the JSON record." in words
+
+
+def test_all_to_all(page: Any) -> None:
+    words = page(cases.scan(all_to_all=True, suspects=(), evidence={"away": 0.9, "gathered": 0.2})).words
+    assert "A backdoor to many labels" in words
+    assert "90.0 % are led away, 20.0 % to one label Counts" in words
+
+
+def test_the_trigger_and_stamped_images_are_right(page: Any) -> None:
+    images = page(cases.scan(), pictures=everything()).all("img")
+    mask, pattern, both = (pixels(image) for image in images[:3])
+    assert (mask.shape, pattern.shape, both.shape) == ((32, 32), (32, 32, 3), (32, 32, 3))
+    assert (mask[-4:-1, -4:-1] == 242).all()
+    assert (pattern[-4:-1, -4:-1, 0] == [[255, 0, 255], [0, 255, 0], [255, 0, 255]]).all()
+    assert both[0, 0, 0] == round(255 * 0.02 * 0.5)
+    pairs = images[3:15]
+    assert [image["alt"] for image in pairs[::2]] == [
+        f"Clean image of label {label} ({cases.NAMES[label]})" for label in (0, 1, 2, 4, 5, 6)
+    ]
+    clean, trigger = cases.clean_set(), cases.trigger()
+    for index, (before, after) in zip((0, 1, 2, 4, 5, 6), zip(pairs[::2], pairs[1::2], strict=True), strict=True):
+        wanted = torch.stack([clean.x[index], trigger.apply(clean.x[index : index + 1])[0]])
+        shown = np.stack([pixels(before), pixels(after)]).transpose(0, 3, 1, 2)
+        assert np.abs(shown - 255 * wanted.numpy()).max() <= 0.51
+
+
+def test_the_samples_with_the_highest_scores(page: Any) -> None:
+    found = page(cases.scan(), pictures=everything())
+    assert found.alts("Suspect image") == [f"Suspect image {number}" for number in range(23, 11, -1)]
+    assert "12 of 24 images are flagged" in found.words
+    assert "5.0 % of clean images" in found.words
+    none = Pictures(
+        scores=replace(cases.sample_scores(0), flagged=torch.zeros(0, dtype=torch.bool)),
+        suspects=torch.zeros(0, 3, 8, 8),
+    )
+    assert page(cases.scan(), pictures=none).alts() == []
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_images_of_any_number_of_channels(page: Any, channels: int) -> None:
+    x = torch.linspace(0, 1, 200).expand(12, channels, 300, 200)
+    clean = replace(cases.clean_set(count=12), x=x)
+    trigger = replace(cases.trigger(), mask=torch.zeros(1, 300, 200), pattern=x[0])
+    images = page(cases.scan(), pictures=Pictures(trigger, clean, cases.sample_scores(12), x)).all("img")
+    assert len(images) == 3 + 12 + 12
+    assert pixels(images[-1]).shape == ((224, 149, 3) if channels == 3 else (224, 149))
+
+
+@pytest.mark.parametrize("classes", [2, 10, 43, 1000])
+def test_any_number_of_classes(page: Any, classes: int) -> None:
+    found = page(cases.scan(classes=classes))
+    bars = found.words[found.words.index("At the peak") : found.words.index("Over the steps")]
+    left_out = f"The {classes - 10} labels with smaller shares are left out."
+    assert (left_out in bars) == (classes > 10)
+    assert len(re.findall(r"\d \d+\.\d %", bars)) <= min(classes, 10)
+    assert f"every label would get {100 / classes:.1f} %" in found.words
+
+
+def test_nothing_but_a_verdict(page: Any) -> None:
+    found = page(cases.scan("inconclusive", suspects=(), evidence={}, ranking=(), history={}))
+    assert found.all("figure") == []
+    assert "The recovered trigger" not in found.words
+    assert "Channels that" not in found.words
+
+
+def test_a_trigger_without_pictures(page: Any) -> None:
+    found = page(cases.scan())
+    assert f"98.8 % Size {cases.trigger().l1:.4g} pixels" in found.words
+    assert found.alts() == []
+
+
+def test_channels_by_layer_in_their_own_order(page: Any) -> None:
+    found = page(cases.scan())
+    chart = found.words[found.words.index("Channels with a score") : found.words.index("The 20 channels")]
+    assert "The 4 layers with fewer of them are left out." in chart
+    layers = re.findall(r"layer\S+bn2", chart)
+    assert layers == sorted(layers)
+    assert "25 of 64" in chart
+    assert "the JSON record has 50" in found.words
+    assert sorted(["b10", "b9", "a", "b"], key=figures.natural) == ["a", "b", "b9", "b10"]
+
+
+def test_a_scan_and_the_repair_that_followed(page: Any) -> None:
+    words = page(cases.scan(), repair=cases.repaired(), pictures=everything()).words
+    assert words.index("Backdoored") < words.index("After the repair Repaired and verified") < words.index("What to do")
+    assert "Clean accuracy before 94.4 % Clean accuracy after 93.5 %" in words
+    assert "Channels pruned 12" in words
+    assert "relearn : the clean task from labels, and triggers unlearned (lr 0.01, accuracy 0.935)" in words
+    assert "A small patch threshold: 50 points 99.0 % go to 3 (cat), 87 points above what is usual 20.0 % go" in words
+    assert "not measured again" in words
+
+
+@pytest.mark.parametrize(
+    ("state", "word"),
+    [
+        ({}, "Repaired and verified"),
+        ({"passed": False}, "Still backdoored"),
+        ({"conclusive": False}, "Inconclusive"),
+        ({"changed": False}, "Nothing to repair"),
+        ({"checked": False}, "Changed, not verified"),
+    ],
+)
+def test_a_repair_alone(page: Any, state: dict[str, bool], word: str) -> None:
+    found = page(cases.repaired(**state), unlearning=cases.history())
+    assert f"Verdict of the repair {word}" in found.words
+    assert "debackdoor repair 'models/resnet18 from supplier.safetensors'" in found.words
+    assert len(found.all("figure")) == 2
+    assert "The evidence" not in found.words
+
+
+def test_how_to_reproduce(page: Any) -> None:
+    words = page(cases.scan()).words
+    quoted = "debackdoor scan 'models/resnet18 from supplier.safetensors' --arch resnet18 --clean clean_dir --seed 0"
+    assert quoted in words
+    assert "a3" * 32 in words
+    assert "debackdoor 0.1.0, torch 2.6.0, python 3.11.9" in words
+    assert "debackdoor scan x --mean 0" in page(cases.scan(), command="debackdoor scan x --mean 0").words
+
+
+def test_text_of_others_stays_text(page: Any) -> None:
+    names = (EVIL, *cases.NAMES[1:3], EVIL * 20, "line\nbreak \u202egnirts \x00", *cases.NAMES[5:])
+    suspect = replace(cases.report().suspects[0], name=names[3])
+    ranking = tuple(replace(channel, layer=EVIL) for channel in cases.ranking(1))
+    record = cases.scan(
+        top={"checkpoint": f"{EVIL}\udcff.pt", "data": EVIL, "arch": EVIL, "versions": {EVIL: EVIL}},
+        message=EVIL, suspects=(suspect,), ranking=ranking, evidence=cases.evidence() | {EVIL: 1.0},
+    )  # fmt: skip
+    scores = replace(cases.sample_scores(), method=EVIL)
+    pictures = Pictures(cases.trigger(), cases.clean_set(names=names), scores, cases.suspect_images())
+    found = page(record, repair=cases.repaired(), pictures=pictures, command=EVIL)
+    assert found.words.count("<script>alert('x')</script>") > 10
+    assert "line break \ufffdgnirts \ufffd" in found.words
+    assert f"{EVIL}\ufffd.pt" in found.words
+
+
+@pytest.mark.parametrize("name", ["名前" * 30, "\U0001f600", "$a$", "#040404", "</text>", "a" * 300])
+def test_charts_take_any_name(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    chart = figures.share_bars([0.9, 0.1], [name, "b"], [0], name)
+    found = Page(chart)
+    assert figures.text(name, 20) in found.words
+    assert found.all("svg")[0]["aria-label"] == name
+    assert "var(--bad)" in chart
+    assert list(recwarn) == []
+
+
+def test_figures_are_the_same_each_time_and_leave_matplotlib_alone() -> None:
+    from matplotlib import rcParams
+
+    before = dict(rcParams)
+    rows = cases.scan()["unlearning"]
+    assert figures.share_lines(rows, [3], "a") == figures.share_lines(rows, [3], "a")
+    assert "pyplot" not in figures.share_lines.__globals__
+    assert dict(rcParams) == before
+
+
+def test_a_single_check_without_accuracy(page: Any) -> None:
+    rows = [{"step": 2, "accuracy": float("nan"), "label_shares": [0.5, 0.5]}]
+    found = page(cases.scan(classes=2, history={"unlearn": rows}))
+    assert "Accuracy ends at not known." in found.all("svg")[-2]["aria-label"].replace("\u00a0", " ")
+
+
+def test_a_record_read_from_json_gives_the_same_page(tmp_path: Path) -> None:
+    record = cases.scan(score=float("inf"))
+    write_page(tmp_path / "a.html", record, pictures=everything())
+    write_page(tmp_path / "b.html", json.loads(to_json(record)), pictures=everything())
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    write_page(tmp_path / "a.html", cases.scan(), pictures=everything())
+    text = (tmp_path / "a.html").read_text(encoding="utf-8")
+    for part in ("default-src 'none'; img-src data:; style-src 'unsafe-inline'", '<html lang="en">', 'name="viewport"',
+                 "prefers-color-scheme: dark", "@media print"):  # fmt: skip
+        assert part in text
+
+
+def test_other_records_and_pictures_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.html"
+    with pytest.raises(DebackdoorError, match="expected the record of a scan or a repair, got schema 'x'"):
+        write_page(path, {"schema": "x"})
+    with pytest.raises(DebackdoorError, match="expected the record of a repair, got schema 'debackdoor/scan/1'"):
+        write_page(path, cases.scan(), repair=cases.scan())
+    with pytest.raises(DebackdoorError, match="expected 24 suspect images, one a score, got 3"):
+        Pictures(scores=cases.sample_scores(), suspects=torch.zeros(3, 3, 8, 8))
+    with pytest.raises(DebackdoorError, match=r"expected clean images of the trigger's shape \(3, 8, 8\)"):
+        Pictures(cases.trigger(size=8), cases.clean_set())
+    with pytest.raises(DebackdoorError, match="was not written"):
+        write_page(tmp_path / "missing" / "a.html", cases.scan())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("library", ["jinja2", "matplotlib.figure"])
+def test_a_missing_library_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(MissingDependencyError, match=r"pip install 'debackdoor\[report\]'"):
+        write_page(tmp_path / "a.html", cases.scan())
+    assert list(tmp_path.iterdir()) == []
