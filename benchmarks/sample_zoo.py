@@ -30,23 +30,22 @@ from torch import Tensor, nn
 import debackdoor as db
 from debackdoor.attacks import load_trigger
 from debackdoor.attacks.base import ALL_TO_ONE
-from debackdoor.data import split_clean
+from debackdoor.case import open_case
 from debackdoor.defenses import RNP
+from debackdoor.detect import exposed_models
 from debackdoor.detectors.clustering import ActivationClustering
 from debackdoor.detectors.cognitive_distillation import CognitiveDistillation
 from debackdoor.detectors.sample_base import SampleDetector
-from debackdoor.detectors.samples import ExposedMargin
+from debackdoor.detectors.samples import ExposedMargin, smallest
 from debackdoor.detectors.spectral import SpectralSignatures
 from debackdoor.detectors.strip import STRIP
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
-from debackdoor.models.forward import predict, to_faster_layout
+from debackdoor.models.forward import predict
 from debackdoor.runtime import generator, versions
 from debackdoor.types import CleanSet
 from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
 
-HOLDOUT = 0.25
-"""The share of the clean images that detectors get; the model is exposed with the rest."""
 FALSE_POSITIVES = 0.01
 """The share of the clean images that a threshold is set to flag."""
 SLOW = {CognitiveDistillation.name: 0.4}
@@ -55,7 +54,7 @@ SLOW = {CognitiveDistillation.name: 0.4}
 OURS = (ExposedMargin,)
 BASELINES = (STRIP, CognitiveDistillation, SpectralSignatures, ActivationClustering)
 DETECTORS: dict[str, type[SampleDetector]] = {kind.name: kind for kind in (*BASELINES, *OURS)}
-"""By name; ours takes the exposed model only."""
+"""By name; ours takes exposed models only, one or several."""
 
 Record = Mapping[str, Any]
 
@@ -70,8 +69,8 @@ def run(
     detectors: Annotated[list[str] | None, typer.Option("--detector", help=f"out of {', '.join(DETECTORS)}")] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="of the images and all methods")] = None,
     limit: Annotated[int, typer.Option(help="clean images")] = 500,
-    clean_tests: Annotated[int, typer.Option(help="images without trigger in the pile")] = 500,
-    triggered: Annotated[int, typer.Option(help="images with it")] = 500,
+    clean_tests: Annotated[int, typer.Option(help="images without trigger in the pile")] = 250,
+    triggered: Annotated[int, typer.Option(help="images with it")] = 250,
 ) -> None:
     """One record a model and seed; finished ones are skipped."""
     unknown = set(detectors or ()) - set(DETECTORS)
@@ -92,13 +91,18 @@ def measure(
     card: Card, zoo: Path, detectors: Sequence[type[SampleDetector]], seed: int, limit: int, sizes: tuple[int, int]
 ) -> dict[str, Any]:
     """Lets every detector judge one pile, with one model and with what unlearning makes of it."""
-    fit, clean = split_clean(db.load_clean(card.dataset, limit=limit, seed=seed), HOLDOUT, seed)
-    model = load_model(weights_of(zoo, card.name), card.arch).eval()
-    to_faster_layout(model, clean.x[:2])
+    images_of_both_parts = db.load_clean(card.dataset, limit=limit, seed=seed)
+    case = open_case(load_model(weights_of(zoo, card.name), card.arch), images_of_both_parts, RNP(seed=seed))
+    model, clean = case.suspect, case.holdout
     pile = draw_pile(card, zoo, seed, sizes)
     succeeded = predict(model, pile.triggered).argmax(1) == pile.wanted
     started = time.perf_counter()
-    exposed = RNP(seed=seed).expose(model, fit).unlearned
+    exposed = case.unlearn(model)
+    judges = {
+        "original": [model],
+        "exposed": [exposed.model],
+        "several exposed": exposed_models(case, several=True),
+    }
     seconds = time.perf_counter() - started
     found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
     images = {}
@@ -106,10 +110,8 @@ def measure(
         part = pile.beginning(SLOW.get(detector.name, 1.0))
         images[detector.name] = {"clean": len(part.clean), "triggered": len(part.triggered)}
         answers = predict(model, part.x).argmax(1)
-        for which, judge in (("original", model), ("exposed", exposed.model)):
-            if which == "original" and detector in OURS:
-                continue
-            for what, value in _judge(detector(seed=seed), judge, clean, part, answers).items():
+        for which in ("exposed", "several exposed") if detector in OURS else ("original", "exposed"):
+            for what, value in _judge(detector(seed=seed), judges[which], clean, part, answers).items():
                 found[what][detector.name][which] = value
     return {
         "schema": "debackdoor/samples/1",
@@ -172,11 +174,11 @@ def draw_pile(card: Card, zoo: Path, seed: int, sizes: tuple[int, int]) -> Pile:
 
 
 def _judge(
-    detector: SampleDetector, model: nn.Module, clean: CleanSet, pile: Pile, answers: Tensor
+    detector: SampleDetector, models: Sequence[nn.Module], clean: CleanSet, pile: Pile, answers: Tensor
 ) -> dict[str, float]:
     """How well one detector tells the pile's halves apart, and what a threshold from clean images flags of each."""
     started = time.perf_counter()
-    scores, of_clean = detector(model, clean, pile.x, answers)
+    scores, of_clean = smallest(detector, models, clean, pile.x, answers)
     seconds = time.perf_counter() - started
     triggered = torch.arange(len(scores)) >= len(pile.clean)
     flagged = scores > of_clean.quantile(1 - FALSE_POSITIVES)
@@ -205,7 +207,7 @@ def table(
 
 
 def render(records: Sequence[Record]) -> str:
-    """One row a model; in each cell the AUROC on the original and on the exposed model."""
+    """One row a model; in each cell the AUROC on the original and the exposed model; ours: on one and on several."""
     by_model: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_model[record["model"]].append(record)
@@ -225,9 +227,9 @@ def row(model: str, records: Sequence[Record], detectors: Sequence[str]) -> str:
 
 
 def _cell(models: Sequence[Sequence[Record]], detector: str, summarise: Callable[[Sequence[float]], float]) -> str:
-    """``original / exposed``, each a summary over the models' means over their records; one where there is only one."""
+    """``original / exposed``, or ``exposed / several exposed``: summaries over the models' means over their records."""
     parts = []
-    for which in ("original", "exposed"):
+    for which in ("original", "exposed", "several exposed"):
         values = [[record["aurocs"].get(detector, {}).get(which) for record in records] for records in models]
         means = [statistics.mean(found) for found in values if None not in found]
         parts += [f"{summarise(means):.3f}"] if means else []

@@ -85,6 +85,16 @@ def quadrants() -> nn.Sequential:
     return model.eval()
 
 
+def lived_in() -> nn.Module:
+    """A model with a history: mixed modes, a frozen weight, a gradient, moved statistics."""
+    model = quadrants().train()
+    model(torch.full((3, 1, 8, 8), 0.2))
+    model[2].eval()
+    model[0].weight.requires_grad_(False)
+    model[5].bias.grad = torch.ones(4)
+    return model
+
+
 def quadrant_set(count: int = 80, seed: int = 0) -> CleanSet:
     """Noise below 0.3, and one quarter from 0.6 to 0.9."""
     x = 0.3 * torch.rand(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))

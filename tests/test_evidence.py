@@ -1,27 +1,16 @@
 """Evidence: which labels it makes suspect, what it takes to unlearn them, and what counts as gone."""
 
+from itertools import product
+
 import pytest
 
 from debackdoor.detectors.evidence import TRIGGERS, Evidence, Examination, remains
 from debackdoor.detectors.label import PileUp
-from debackdoor.detectors.margin import Margins
 from debackdoor.detectors.perturbations import KINDS, Patch
 from debackdoor.detectors.shortcut import Shortcuts
 from debackdoor.detectors.universal import AWAY
+from evidence_cases import evidence
 from rnp_cases import quadrant_set, quadrants
-
-USUAL = dict.fromkeys(range(5), 0.1)
-
-
-def evidence(
-    margin: tuple[int, float, float] = (1, 1.3, 0.5),
-    away: float = 0.1,
-    pile_up: PileUp | None = None,
-    **stands_out: dict[int, float],
-) -> Evidence:
-    """Nothing suspect but what is named: a margin's label, ratio and p-value, and success rates by kind and label."""
-    rates = {kind.kind: USUAL | stands_out.get(kind.kind, {}) for kind in KINDS}
-    return Evidence(Margins((1.0,) * 5, *margin), Shortcuts(rates, away, 0.2), pile_up)
 
 
 def test_nothing_suspect() -> None:
@@ -105,3 +94,50 @@ def test_the_numbers_name_the_label_of_every_kind() -> None:
     assert (numbers["patch_label_before"], numbers["patch_success_before"]) == (2, 0.9)
     assert numbers["patch_lead_before"] == pytest.approx(0.8)
     assert numbers["margin_ratio_before"] == 1.3
+
+
+def test_strengths_are_multiples_of_the_thresholds() -> None:
+    """ln(1e-6) is twice ln(0.001); 0.475 - 1 / 5 is half of 0.55; a lead of 0.75 is 1.5 times 0.5."""
+    found = evidence(margin=(3, 2.0, 1e-6), pile_up=PileUp(0, 0.475), patch={2: 0.85}).strengths
+    assert found[3]["margin"] == pytest.approx(2.0)
+    assert found[0]["pile-up"] == pytest.approx(0.5)
+    assert found[2] == pytest.approx({"additive": 0.0, "patch": 1.5, "warp": 0.0})
+    assert found[1] == pytest.approx({"additive": 0.0, "patch": 0.0, "warp": 0.0})
+    assert set(found) == {0, 1, 2, 3, 4}
+
+
+def test_two_faint_signs_are_as_strong_as_the_weaker_of_them() -> None:
+    """0.55 - 1 / 5 is 1.4 times 0.25, and ln(0.0025) is twice ln(0.05)."""
+    together = evidence(margin=(3, 1.9, 0.0025), pile_up=PileUp(3, 0.55)).strengths[3]
+    assert (together["margin"], together["pile-up"]) == pytest.approx((1.4, 1.4))
+    apart = evidence(margin=(3, 1.9, 0.05**0.5), pile_up=PileUp(3, 0.55)).strengths[3]
+    assert apart["pile-up"] == pytest.approx(0.35 / 0.55)
+    assert apart["margin"] < 1
+
+
+def test_a_margin_that_cannot_be_told_from_chance_or_from_zero_is_a_number() -> None:
+    assert str(evidence(margin=(1, 1.0, 1.0)).strengths[1]["margin"]) == "0.0"  # not -0.0, which people would read
+    assert 100 < evidence(margin=(1, 99.0, 0.0)).strengths[1]["margin"] < 110
+
+
+def test_the_nearest_label_has_the_strongest_sign() -> None:
+    assert evidence(patch={2: 0.5}, warp={4: 0.4}).nearest == 2
+    assert evidence(margin=(3, 1.5, 0.002), patch={2: 0.5}).nearest == 3
+    assert evidence(patch={2: 0.9}).nearest == 2
+    assert evidence(away=0.6, patch={2: 0.4}).nearest is None  # a spread of 0.4, a lead of 0.3
+    assert evidence(away=0.6, patch={2: 0.55}).nearest == 2
+
+
+def test_the_score_is_that_of_the_strongest_sign_wherever_it_leads() -> None:
+    assert evidence(patch={2: 0.5}, warp={4: 0.7}).score == pytest.approx(1.2)
+    assert evidence(away=0.8, warp={4: 0.5}).score == pytest.approx(1.2)
+    assert evidence(margin=(1, 1.0, 1.0)).score == 0.0
+
+
+@pytest.mark.parametrize(("p_value", "label"), list(product([1.0, 0.06, 0.05, 0.0011, 0.001, 0.0], [1, 2])))
+def test_a_score_of_one_and_a_finding_are_the_same(p_value: float, label: int) -> None:
+    for share, away, lead in product([0.2, 0.44, 0.46, 0.74, 0.76], [0.1, 0.69, 0.71], [0.0, 0.49, 0.51]):
+        given = evidence((1, 1.5, p_value), away, PileUp(label, share), warp={3: 0.1 + lead})
+        assert (given.score >= 1) == given.exposed == (bool(given.reasons) or given.all_to_all)
+        rare = p_value <= 0.001 or (p_value <= 0.05 and label == 1 and share > 0.45)
+        assert ("margin" in given.reasons.get(1, ())) == rare

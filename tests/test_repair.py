@@ -17,23 +17,13 @@ from debackdoor.detectors.perturbations import KINDS
 from debackdoor.detectors.shortcut import Shortcuts
 from debackdoor.evaluation import evaluate
 from debackdoor.types import RepairResult
-from rnp_cases import quadrant_set, quadrants
+from rnp_cases import lived_in, quadrant_set, quadrants
 
 # Not ``import debackdoor.repair as ...``, which is the function.
 REPAIR = import_module("debackdoor.repair")
 STAGES = import_module("debackdoor.defenses.rnp")
 EVIDENCE = import_module("debackdoor.detectors.evidence")
 CASE = import_module("debackdoor.case")
-
-
-def lived_in() -> nn.Module:
-    """A model with a history: mixed modes, a frozen weight, a gradient, moved statistics."""
-    model = quadrants().train()
-    model(torch.full((3, 1, 8, 8), 0.2))
-    model[2].eval()
-    model[0].weight.requires_grad_(False)
-    model[5].bias.grad = torch.ones(4)
-    return model
 
 
 @pytest.fixture

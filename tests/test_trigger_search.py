@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from channel_cases import assert_as_found, snapshot
-from debackdoor.detectors.label import PileUp, largest_pile_up
 from debackdoor.detectors.trigger import RecoveredTrigger, SearchSettings, search_triggers
 from debackdoor.types import CleanSet
 from toys import set_values
@@ -122,11 +121,3 @@ def test_a_trigger_is_put_on_by_its_mask() -> None:
     stamped = trigger.apply(torch.full((2, 2, 2, 2), 0.2))
     wanted = torch.tensor([[[0.2, 0.6], [0.5, 0.15]], [[0.2, 0.1], [0.0, 0.4]]])
     torch.testing.assert_close(stamped, torch.stack([wanted, wanted]))
-
-
-def test_the_pile_up_is_the_largest_share_at_any_check() -> None:
-    rows = [{"label_shares": shares} for shares in ([0.4, 0.3, 0.3], [0.1, 0.2, 0.7], [0.5, 0.5, 0.0])]
-    assert largest_pile_up(rows) == PileUp(label=2, share=0.7)
-    assert largest_pile_up(rows[2:]) == PileUp(label=0, share=0.5)
-    with pytest.raises(ValueError, match="at least one check"):
-        largest_pile_up([])

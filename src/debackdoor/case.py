@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,10 +16,11 @@ from torch import nn
 from debackdoor.data import check_clean_set, split_clean
 from debackdoor.defenses.rnp import RNP, Exposure
 from debackdoor.detectors.evidence import Evidence, Examination
-from debackdoor.detectors.label import largest_pile_up
+from debackdoor.detectors.label import largest_pile_up, most_repeated, repeated_shares, unlearn_parts
+from debackdoor.detectors.margin import FEWEST_CLASSES
 from debackdoor.errors import ChanceError, DebackdoorError, ModelError
 from debackdoor.models.forward import accuracy, predict, to_faster_layout
-from debackdoor.rnp.modes import uses_batch_statistics
+from debackdoor.rnp.modes import normalisation_learns
 from debackdoor.rnp.unlearn import Unlearned, unlearn
 from debackdoor.runtime import resolve_device
 from debackdoor.types import CleanSet, Progress
@@ -64,11 +66,21 @@ class Case:
         """Unlearns the clean task and recovers it."""
         return self.method.expose(self.suspect, self.fit, progress=self.progress)
 
+    def unlearn_parts(self, model: nn.Module) -> Iterator[Unlearned]:
+        """Makes copies of a model forget parts of the clean task, by the normalisation layers alone."""
+        m = self.method
+        return unlearn_parts(model, self.fit, seed=m.seed, precision=m.precision, progress=self.progress)
+
+    def pile_ups(self, model: nn.Module) -> list[float]:
+        """For every label the share of the answers that gathers on it whatever part of the images is forgotten."""
+        return repeated_shares(unlearned.history for unlearned in self.unlearn_parts(model))
+
     def evidence(self, exposure: Exposure) -> Evidence:
         """All that speaks for a backdoor in the suspect model."""
-        pile_up = largest_pile_up(exposure.unlearned.history)
-        found = self.examine(self.suspect, pile_up.label)
-        return replace(found, pile_up=pile_up) if uses_batch_statistics(self.suspect) else found
+        if self.classes < FEWEST_CLASSES or not normalisation_learns(self.suspect):
+            return self.examine(self.suspect, largest_pile_up(exposure.unlearned.history).label)
+        pile_up = most_repeated(self.pile_ups(self.suspect))
+        return replace(self.examine(self.suspect, pile_up.label), pile_up=pile_up)
 
 
 def open_case(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from scipy.stats import betabinom
 from torch import Tensor, nn
 
-from debackdoor.case import open_case
+from debackdoor.case import Case, open_case
 from debackdoor.defenses.rnp import RNP
 from debackdoor.detectors.clustering import ActivationClustering
 from debackdoor.detectors.cognitive_distillation import CognitiveDistillation
-from debackdoor.detectors.sample_base import SampleDetector
-from debackdoor.detectors.samples import ExposedMargin
+from debackdoor.detectors.sample_base import SampleDetector, checked_pile
+from debackdoor.detectors.samples import ExposedMargin, smallest
 from debackdoor.detectors.spectral import SpectralSignatures
 from debackdoor.detectors.strip import STRIP
 from debackdoor.errors import DebackdoorError, check_fraction
 from debackdoor.models.forward import predict
+from debackdoor.rnp.modes import normalisation_learns
 from debackdoor.types import CleanSet, Progress, SampleScores
 
 METHODS: dict[str, type[SampleDetector]] = {
@@ -66,23 +69,30 @@ def detect_samples(
             f"expected the model to look at out of {', '.join(MODELS)}, and for {ExposedMargin.name} the exposed one, "
             f"got '{on}'; choose another"
         )
+    pile = images.x if isinstance(images, CleanSet) else images
+    checked_pile(clean, pile, torch.zeros(pile.shape[:1], dtype=torch.int64))
     case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress)
-    pile = (images.x if isinstance(images, CleanSet) else images).to(case.clean.x.device)
-    if pile.shape[1:] != case.clean.x.shape[1:]:
-        raise DebackdoorError(
-            f"expected suspect images of shape {tuple(case.clean.x.shape[1:])} as the clean ones have, got "
-            f"{tuple(pile.shape[1:])}; bring them to the size that the model takes"
-        )
-    answers = predict(case.suspect, pile, precision=precision).argmax(1)
-    judge = case.unlearn(case.suspect).model if on == "exposed" else case.suspect
+    pile = pile.to(case.clean.x.device)
+    answers, of_clean = (predict(case.suspect, x, precision=precision).argmax(1) for x in (pile, case.holdout.x))
+    # Clean images are scored as those of the pile are, with the model's answers, right or wrong, as their labels.
+    holdout = replace(case.holdout, y=of_clean)
+    judges = [case.suspect] if on == "original" else exposed_models(case, METHODS[method] is ExposedMargin)
     detector = METHODS[method](seed=seed, precision=precision)
-    scores, usual = (part.cpu() for part in detector(judge, case.holdout, pile, answers, progress=progress))
+    found = smallest(detector, judges, holdout, pile, answers, progress=progress)
+    scores, usual = (part.cpu() for part in found)
     threshold = float(torch.quantile(usual, 1 - false_positive_rate, interpolation="higher"))
     flagged = scores > threshold
     p_value = _by_chance(int(flagged.sum()), len(scores), int((usual > threshold).sum()), len(usual))
     return SampleScores(
         scores, threshold, flagged, answers.cpu(), false_positive_rate, p_value, f"{method} on the {on} model"
     )
+
+
+def exposed_models(case: Case, several: bool) -> list[nn.Module]:
+    """Several models exposed by their normalisation layers, where these learn, or one exposed by all weights."""
+    if several and normalisation_learns(case.suspect):
+        return [unlearned.model for unlearned in case.unlearn_parts(case.suspect)]
+    return [case.unlearn(case.suspect).model]
 
 
 def _by_chance(flagged: int, images: int, above: int, clean: int) -> float:

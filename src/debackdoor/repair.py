@@ -14,7 +14,7 @@ from debackdoor.case import Case, device_of, open_case
 from debackdoor.defenses.relearn import relearn
 from debackdoor.defenses.rnp import RNP, Exposure
 from debackdoor.detectors.evidence import Evidence, remains
-from debackdoor.detectors.label import PileUp, largest_pile_up, peak_share
+from debackdoor.detectors.label import PileUp, largest_pile_up
 from debackdoor.detectors.words import findings, nothing_found
 from debackdoor.errors import check_fraction
 from debackdoor.models.forward import set_layout
@@ -92,12 +92,12 @@ def _relearned(case: Case, result: RepairResult, exposure: Exposure, evidence: E
 
 
 def _examine_again(case: Case, model: nn.Module, before: Evidence) -> Evidence:
-    """The same searches on the repaired model, and another unlearning where a pile-up alone had told a label."""
+    """The same searches on the repaired model, and the unlearnings anew where a pile-up alone had told a label."""
     after = case.examine.again(model, before)
     if before.pile_up is None or before.reasons.get(before.pile_up.label) != ("pile-up",):
         return after
     label = before.pile_up.label
-    return replace(after, pile_up=PileUp(label, peak_share(case.unlearn(model).history, label)))
+    return replace(after, pile_up=PileUp(label, case.pile_ups(model)[label]))
 
 
 def _judge(before: Evidence, after: Evidence) -> Verification:

@@ -21,7 +21,7 @@ from debackdoor.detectors.words import findings, nothing_found
 from debackdoor.errors import ChanceError, TooFewError
 from debackdoor.types import CleanSet, Progress, RecoveredTrigger, ScanReport, Suspect
 
-BACKDOORED, SUSPICIOUS = 1.0, 0.9
+BACKDOORED, SUSPICIOUS = 1.0, 0.85
 """The strongest sign, as a multiple of its threshold, from which on a model is called so."""
 
 
@@ -66,7 +66,7 @@ def scan_case(case: Case, exposure: Exposure, *, all_triggers: bool = False) -> 
     evidence = case.evidence(exposure)
     verdict, message = _judge(evidence, exposure)
     labels = list(evidence.reasons)
-    if verdict == "suspicious" and not labels:
+    if verdict == "suspicious" and evidence.nearest is not None:
         labels = [evidence.nearest]
     history: dict[str, list[dict[str, Any]]] = {
         "unlearn": exposure.unlearned.history,
@@ -109,19 +109,20 @@ def _judge(evidence: Evidence, exposure: Exposure) -> tuple[str, str]:
             "exposed; give more clean images"
         )
     if evidence.score >= SUSPICIOUS:
+        what = "a patch that leads away to many labels" if evidence.nearest is None else f"label {evidence.nearest}"
         return "suspicious", (
-            f"label {evidence.nearest} comes near to standing out, further than is usual without a backdoor; scan "
-            "again with more clean images or another seed"
+            f"{what} comes near to standing out, further than is usual without a backdoor; scan again with more clean "
+            "images or another seed"
         )
     return "clean", nothing_found(evidence, pile_up)
 
 
 def _disagree(evidence: Evidence) -> bool:
-    """Whether the model-wide signs name different labels, and no trigger was found towards either of them."""
+    """Whether the model-wide signs name different labels, and no trigger was found towards any of them, or to many."""
     reasons = evidence.reasons
     wide = [label for label, names in reasons.items() if {"pile-up", "margin"} & set(names)]
     backed = [label for label, names in reasons.items() if len(names) > 1 or not {"pile-up", "margin"} & set(names)]
-    return len(wide) > 1 and not backed
+    return len(wide) > 1 and not backed and not evidence.all_to_all
 
 
 def _recover(case: Case, exposure: Exposure, label: int) -> RecoveredTrigger:

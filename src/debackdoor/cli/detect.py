@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_folder
+from debackdoor.cli.output import Output, check_new_folder, files_among, finding_stands
 from debackdoor.cli.status import BACKDOORED, OK
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def detect(
     Exits with 0 if no more images are flagged than may be by chance, and with 1 if more are.
     """
     output = Output(quiet, json_to)
-    output.check_json([checkpoint])
+    output.check_json([checkpoint, *files_among(clean, suspects)])
     if clean_out is not None:
-        check_folder(clean_out.absolute().parent)
+        check_new_folder(clean_out)
 
     from debackdoor.data import load_clean, load_pile, write_images
     from debackdoor.detect import detect_samples
@@ -87,11 +87,13 @@ def detect(
         )
     _describe(output, scores, pile)
     head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
-    output.write_json(detect_record(head, scores, clean_images=len(images), suspects=pile.names))
-    if clean_out is not None:
-        write_images(pile, ~scores.flagged, clean_out)
-        output.say(f"copied {int((~scores.flagged).sum())} images that pass to {clean_out}")
-    return BACKDOORED if scores.p_value < BY_CHANCE else OK
+    status = BACKDOORED if scores.p_value < BY_CHANCE else OK
+    with finding_stands(status, debug):
+        output.write_json(detect_record(head, scores, clean_images=len(images), suspects=pile.names))
+        if clean_out is not None:
+            write_images(pile, ~scores.flagged, clean_out)
+            output.say(f"copied {int((~scores.flagged).sum())} images that pass to {clean_out}")
+    return status
 
 
 def _describe(output: Output, scores: SampleScores, pile: Pile) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from debackdoor.cli.progress import Stages
-from debackdoor.cli.status import discard_stdout
+from debackdoor.cli.status import BACKDOORED, complain, discard_stdout, status_of
 from debackdoor.errors import DebackdoorError
 from debackdoor.files import atomic_write_text
 
@@ -94,6 +95,23 @@ class Output:
             ) from error
 
 
+@contextmanager
+def finding_stands(status: int, debug: bool) -> Iterator[None]:
+    """Where ``status`` is a finding's, an error inside is said on stderr and hides it no more than that."""
+    try:
+        yield
+    except Exception as error:
+        if status != BACKDOORED:
+            raise
+        status_of(error, debug)
+        complain("the finding stands")
+
+
+def files_among(*data: str) -> list[Path]:
+    """What of the DATA that a user names is a file."""
+    return [Path(name) for name in data if Path(name).is_file()]
+
+
 def check_file(path: Path, inputs: Iterable[Path], overwrite: bool, protect: bool = False) -> None:
     """Checks, before any work, that a file can be written to ``path``.
 
@@ -116,6 +134,18 @@ def check_file(path: Path, inputs: Iterable[Path], overwrite: bool, protect: boo
         raise DebackdoorError(f"{path} exists; give another file, or --overwrite to replace it")
     # A link is written through, so it is the folder of its target that counts.
     check_folder(Path(os.path.realpath(path)).parent)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Checks, before any work, that files can be written to ``folder``, which is to be made, or is empty.
+
+    Raises:
+        DebackdoorError: if not.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        got = "one with files in it" if folder.is_dir() else "a file"
+        raise DebackdoorError(f"{folder}: expected an empty folder or none, got {got}; give another")
+    check_folder(folder if folder.is_dir() else folder.absolute().parent)
 
 
 def check_folder(folder: Path) -> None:

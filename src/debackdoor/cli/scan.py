@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_file
-from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
+from debackdoor.cli.output import Output, check_file, files_among, finding_stands
+from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK
 from debackdoor.cli.words import numbers_in_words
 from debackdoor.files import atomic_write_text
 
@@ -64,10 +64,12 @@ def scan(
     Exits with 0 if nothing was found, with 1 for a finding at or above --fail-on, and with 3 if nothing could be told.
     """
     output = Output(quiet, json_to)
-    output.check_json([checkpoint])
+    taken = [checkpoint, *files_among(clean)]
     for path in (html, sarif):
         if path is not None:
-            check_file(path, [checkpoint], overwrite=True, protect=True)
+            check_file(path, taken, overwrite=True, protect=True)
+            taken.append(path)
+    output.check_json(taken)
 
     from debackdoor.data import load_clean
     from debackdoor.models import open_model
@@ -94,13 +96,9 @@ def scan(
     record = scan_record(head, report, clean_images=len(images), fail_on=fail_on)
     status = _status(report, fail_on)
     _describe(output, report, len(images))
-    try:
+    with finding_stands(status, debug):
         output.write_json(record)
         _write(record, report, images, html, sarif, shlex.join(context.obj))
-    except Exception as error:  # a finding is never hidden by a later error
-        if status != BACKDOORED:
-            raise
-        complain(f"{error}; the finding stands")
     return status
 
 
@@ -144,6 +142,11 @@ def _describe(output: Output, report: ScanReport, images: int) -> None:
         output.say(
             f"a trigger of {trigger.l1:.1f} pixels leads {trigger.success_rate:.0%} of held-out images to label "
             f"{trigger.label}"
+        )
+    for row in report.history.get("triggers", ()):
+        output.say(
+            f"towards label {row['label']} the smallest trigger found takes {row['l1']:.1f} pixels and works on "
+            f"{row['success_rate']:.0%}"
         )
     output.say(f"the strongest sign is {report.score:.2f} times its threshold; {images} clean images were used")
 

@@ -50,7 +50,8 @@ def open_flat(name: str, path: Path) -> ImageSource:
     Raises:
         DataError: if there are none.
     """
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not _hidden(file, path))
+    found = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not _hidden(file, path))
+    files = sorted(file for file in found if not file.is_dir())
     if not files:
         raise DataError(f"{path}: expected images ({', '.join(sorted(SUFFIXES))}), got none; check the path")
     return _source(name, files, np.zeros(len(files), dtype=np.int64))

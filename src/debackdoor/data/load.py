@@ -65,9 +65,18 @@ def load_dataset(
             None, or an argument is out of range. The message names the file or row.
     """
     opened = open_source(source, split)
+    check_size(image_size)
+    return read(opened, balanced_sample(opened.labels, limit, seed), image_size)
+
+
+def check_size(image_size: int | None) -> None:
+    """Checks a size that images are to be brought to.
+
+    Raises:
+        DataError: if it is below 1 pixel.
+    """
     if image_size is not None and image_size < 1:
         raise DataError(f"expected image_size to be at least 1 pixel, got {image_size}; leave it out to keep the size")
-    return read(opened, balanced_sample(opened.labels, limit, seed), image_size)
 
 
 def open_source(source: str | os.PathLike[str], split: str, labelled: bool = True) -> ImageSource:

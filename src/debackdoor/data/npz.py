@@ -15,7 +15,7 @@ def open_npz(name: str, path: Path, labelled: bool = True) -> ImageSource:
     """The images of an ``.npz`` file. Nothing in it is ever unpickled.
 
     ``x`` is uint8 (N, H, W, C), or float (N, C, H, W) in [0, 1], or either as (N, H, W) grey; C is 1, 3 or 4 (alpha).
-    ``y`` is integer (N,); where no labels are needed it may be missing.
+    ``y`` is integer (N,); where no labels are needed it may be missing, or of any type.
 
     Raises:
         DataError: if the file cannot be read or an array is missing or not as above.
@@ -37,12 +37,10 @@ def _arrays(path: Path, labelled: bool) -> tuple[NDArray[np.generic], NDArray[np
     try:
         archive = np.load(path, allow_pickle=False)
         names = set(archive.files) if isinstance(archive, np.lib.npyio.NpzFile) else set()
-        if {"x", "y"} <= names:
+        if ({"x", "y"} if labelled else {"x"}) <= names:
             with archive:
-                return archive["x"], archive["y"]
-        if "x" in names and not labelled:
-            with archive:
-                return archive["x"], np.zeros(len(archive["x"]), dtype=np.int64)
+                x = archive["x"]
+                return x, archive["y"] if labelled else np.zeros(len(x), dtype=np.int64)
     except Exception as error:  # a damaged archive can raise nearly anything
         raise DataError(
             f"{path}: expected a NumPy archive of plain arrays, got an error ({reason(error)}); "

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from debackdoor.data.load import open_source
+from debackdoor.data.load import check_size, open_source
+from debackdoor.data.named import FOLDERS, named_folder
 from debackdoor.data.source import read
 from debackdoor.errors import DataError
 
@@ -43,14 +44,16 @@ def load_pile(source: str | os.PathLike[str], split: str = "train", image_size: 
         image_size: resize every image to this many pixels each way, or None to leave them as they are.
 
     Raises:
-        DataError: if the source is unknown, unreadable or malformed, or its images differ in size.
+        DataError: if the source is unknown, unreadable or malformed, its images differ in size and ``image_size`` is
+            None, or an argument is out of range.
     """
     opened = open_source(source, split, labelled=False)
+    check_size(image_size)
     images = read(opened, np.arange(len(opened.labels)), image_size)
     files = opened.files
     if files is None:
         return Pile(images.x, tuple(f"row {row}" for row in range(len(images))), None)
-    folder = Path(source)
+    folder = named_folder(str(source)) if source in FOLDERS else Path(source)
     return Pile(images.x, tuple(str(file.relative_to(folder)) for file in files), folder)
 
 

@@ -13,8 +13,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from sklearn.cluster import KMeans
-from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from debackdoor.detectors.features import Axes, FeatureDetector, principal_axes
@@ -51,6 +49,10 @@ class ActivationClustering(FeatureDetector):
         axes = principal_axes(features, self.components)
         if len(features) < FEWEST or len(axes.deviations) == 0:
             return None
+        # Imported here: importing it changes the state of Python's random numbers.
+        from sklearn.cluster import KMeans
+        from sklearn.metrics import silhouette_score
+
         places = _whitened(axes, features).numpy()
         found = KMeans(2, n_init=10, random_state=self.seed).fit(places)
         small, large = np.argsort(np.bincount(found.labels_, minlength=2), kind="stable")

@@ -18,10 +18,14 @@ from debackdoor.detectors.shortcut import AWAY_STARTS, Shortcuts, find_shortcuts
 from debackdoor.detectors.universal import Aim, aims_at, patches_away
 from debackdoor.types import CleanSet, Progress
 
-RARE, FAIRLY_RARE = 0.001, 0.05
-"""A largest margin that is no more probable than this without a backdoor counts, alone or with a faint pile-up."""
+RARE, FAIRLY_RARE = 1e-9, 0.05
+"""A largest margin that is no more probable than this without a backdoor counts, alone or with a faint pile-up.
 
-PILED_UP, FAINT = 0.55, 0.25
+The probability is read off a distribution that a handful of labels gave; a small network of digits without a backdoor
+comes to 6e-8.
+"""
+
+PILED_UP, FAINT = 0.34, 0.25
 """How far above chance (1 / K) the share of answers on one label must be to count, alone or with a fairly rare margin.
 
 That two faint signs name the same label by chance is one in K.
@@ -50,9 +54,9 @@ class Evidence:
     Attributes:
         margins: the largest margin of every label.
         shortcuts: what small universal perturbations do.
-        pile_up: where answers piled up during unlearning; None where that tells nothing. Only batch normalisation
-            holds activations in place while the clean task is forgotten: the answers of a plain VGG gathered on a
-            label that was no backdoor's, with a backdoor and without.
+        pile_up: where answers piled up in every unlearning; None where that tells nothing: with fewer than five
+            classes any label gets many answers, and only batch normalisation holds activations in place while the
+            clean task is forgotten: the answers of a plain VGG gathered on a label that was no backdoor's.
     """
 
     margins: Margins
@@ -63,7 +67,7 @@ class Evidence:
     def strengths(self) -> Mapping[int, Mapping[str, float]]:
         """What speaks against every label: each sign as a multiple of its threshold, at least 1 where it counts."""
         found: dict[int, dict[str, float]] = defaultdict(dict)
-        rarity = -math.log(max(self.margins.p_value, sys.float_info.min))
+        rarity = abs(math.log(max(self.margins.p_value, sys.float_info.min)))
         found[self.margins.label]["margin"] = rarity / -math.log(RARE)
         if self.pile_up is not None:
             above = self.pile_up.share - 1 / len(self.margins.values)
@@ -94,10 +98,11 @@ class Evidence:
         return max(self.shortcuts.spread / STANDS_OUT, *(max(signs.values()) for signs in self.strengths.values()))
 
     @property
-    def nearest(self) -> int:
-        """The label that the strongest sign speaks against, whether that counts or not."""
-        strengths = self.strengths
-        return max(strengths, key=lambda label: max(strengths[label].values()))
+    def nearest(self) -> int | None:
+        """The label that the strongest sign speaks against, whether that counts or not; None where it leads to many."""
+        strengths = {label: max(signs.values()) for label, signs in self.strengths.items()}
+        label = max(strengths, key=lambda label: strengths[label])
+        return label if strengths[label] >= self.shortcuts.spread / STANDS_OUT else None
 
     def _lead(self, label: int) -> float:
         return sum(self.shortcuts.lead(kind, label) for kind in self.shortcuts.rates)

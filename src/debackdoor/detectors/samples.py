@@ -1,14 +1,17 @@
 """Which images carry the trigger, told by the exposed model.
 
 Li et al., "Reconstructive Neuron Pruning for Backdoor Defense", ICML 2023, abstract: the model that has forgotten the
-clean task still answers to the trigger, and to hardly anything else.
+clean task still answers to the trigger, and to hardly anything else. What another part of the images would have made
+the model forget, each of several exposed models forgets in its own way; the trigger is what all of them answer to.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile, eval_mode
@@ -44,3 +47,27 @@ class ExposedMargin(SampleDetector):
         if progress is not None:
             progress("score samples", 1, 1, {})
         return found[0], found[1]
+
+
+def smallest(
+    detector: SampleDetector,
+    models: Sequence[nn.Module],
+    clean: CleanSet,
+    images: Tensor,
+    answers: Tensor,
+    *,
+    progress: Progress | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The smallest score that an image gets with any of several exposed models; (N,) of the pile and (M,) of the clean.
+
+    Args:
+        detector: scores samples with one model.
+        models: at least one.
+        clean: as for the detector.
+        images: as for the detector.
+        answers: as for the detector.
+        progress: called from inside long loops.
+    """
+    found = [detector(model, clean, images, answers, progress=progress) for model in models]
+    of_images, of_clean = zip(*found, strict=True)
+    return torch.stack(of_images).amin(0), torch.stack(of_clean).amin(0)

@@ -14,6 +14,13 @@ def normalisation_in_train_mode(model: nn.Module) -> None:
             module.train()
 
 
-def uses_batch_statistics(model: nn.Module) -> bool:
-    """Whether the model has normalisation layers that use batch statistics in train mode."""
-    return any(isinstance(module, _NormBase) for module in model.modules())
+def normalisation_learns(model: nn.Module) -> bool:
+    """Whether the model has normalisation layers that use batch statistics in train mode, and scales to learn."""
+    return any(isinstance(module, _NormBase) and module.affine for module in model.modules())
+
+
+def require_norm_gradients(model: nn.Module) -> None:
+    """Gradients for the scales and shifts of normalisation layers that use batch statistics."""
+    for module in model.modules():
+        if isinstance(module, _NormBase):
+            module.requires_grad_(True)

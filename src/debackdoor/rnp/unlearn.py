@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from debackdoor.data.augment import random_shift
 from debackdoor.errors import check_positive
 from debackdoor.models.forward import accuracy, label_shares, logits_of, predict
-from debackdoor.rnp.modes import normalisation_in_train_mode
+from debackdoor.rnp.modes import normalisation_in_train_mode, require_norm_gradients
 from debackdoor.runtime import autocast, generator, shuffled_batches
 from debackdoor.types import CleanSet, Progress
 
@@ -67,6 +67,7 @@ class UnlearnSettings:
         batch_size: images a step.
         shift: largest random shift, a fraction of the image's width.
         decay_at: passes after which the step size is divided by ten.
+        norm_only: whether the scales and shifts of normalisation layers alone learn.
     """
 
     lr: float = 0.002
@@ -82,6 +83,7 @@ class UnlearnSettings:
     batch_size: int = 128
     shift: float = 0.125
     decay_at: tuple[int, ...] = ()
+    norm_only: bool = False
 
     def __post_init__(self) -> None:
         check_positive(lr=self.lr, max_passes=self.max_passes, batch_size=self.batch_size, clip=self.clip)
@@ -130,7 +132,10 @@ class _Climb:
     """Gradient ascent that can go back to the last good check."""
 
     def __init__(self, model: nn.Module, fit: CleanSet, settings: UnlearnSettings, seed: int, precision: str) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(True)
+        self.model = copy.deepcopy(model).requires_grad_(not settings.norm_only)
+        if settings.norm_only:
+            require_norm_gradients(self.model)
+        self.learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.fit, self.settings, self.precision = fit, settings, precision
         self.random = generator(seed)
         self.steps_a_pass = len(shuffled_batches(len(fit), settings.batch_size, generator(seed)))
@@ -148,9 +153,7 @@ class _Climb:
     def _restart(self) -> None:
         """A fresh optimiser: momentum from a direction that overshot would overshoot again."""
         s = self.settings
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=self.lr, momentum=s.momentum, weight_decay=s.weight_decay
-        )
+        self.optimizer = torch.optim.SGD(self.learning, lr=self.lr, momentum=s.momentum, weight_decay=s.weight_decay)
 
     def advance(self, count: int) -> None:
         normalisation_in_train_mode(self.model)
@@ -170,7 +173,7 @@ class _Climb:
         self.optimizer.zero_grad(set_to_none=True)
         (-loss).backward()
         if self.settings.clip is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+            nn.utils.clip_grad_norm_(self.learning, self.settings.clip)
         self.optimizer.step()
         self.loss = loss.item()
 

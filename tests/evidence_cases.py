@@ -1,0 +1,22 @@
+"""Evidence made by hand."""
+
+from __future__ import annotations
+
+from debackdoor.detectors.evidence import Evidence
+from debackdoor.detectors.label import PileUp
+from debackdoor.detectors.margin import Margins
+from debackdoor.detectors.perturbations import KINDS
+from debackdoor.detectors.shortcut import Shortcuts
+
+USUAL = dict.fromkeys(range(5), 0.1)
+
+
+def evidence(
+    margin: tuple[int, float, float] = (1, 1.3, 0.5),
+    away: float = 0.1,
+    pile_up: PileUp | None = None,
+    **stands_out: dict[int, float],
+) -> Evidence:
+    """Nothing suspect but what is named: a margin's label, ratio and p-value, and success rates by kind and label."""
+    rates = {kind.kind: USUAL | stands_out.get(kind.kind, {}) for kind in KINDS}
+    return Evidence(Margins((1.0,) * 5, *margin), Shortcuts(rates, away, 0.2), pile_up)

@@ -1,0 +1,29 @@
+"""What the history of an unlearning says about labels."""
+
+import pytest
+
+from debackdoor.detectors.label import PileUp, growth, largest_pile_up, peak_share
+
+
+def test_the_pile_up_is_the_largest_share_at_any_check() -> None:
+    rows = [{"label_shares": shares} for shares in ([0.4, 0.3, 0.3], [0.1, 0.2, 0.7], [0.5, 0.5, 0.0])]
+    assert largest_pile_up(rows) == PileUp(label=2, share=0.7)
+    assert largest_pile_up(rows[2:]) == PileUp(label=0, share=0.5)
+    with pytest.raises(ValueError, match="at least one check"):
+        largest_pile_up([])
+
+
+def test_the_peak_share_is_one_labels_largest() -> None:
+    rows = [{"label_shares": shares} for shares in ([0.4, 0.6], [0.7, 0.3], [0.5, 0.5])]
+    assert (peak_share(rows, 0), peak_share(rows, 1)) == (0.7, 0.6)
+
+
+def test_growth_is_what_a_label_gains_for_what_accuracy_loses() -> None:
+    """Up to its peak label 0 gains 0.5 while accuracy loses 0.5; label 1 gains 0.125 for 0.25; label 2 only loses."""
+    rows = [
+        {"accuracy": 1.0, "label_shares": [0.25, 0.25, 0.5]},
+        {"accuracy": 0.75, "label_shares": [0.25, 0.375, 0.375]},
+        {"accuracy": 0.5, "label_shares": [0.75, 0.25, 0.0]},
+        {"accuracy": 0.25, "label_shares": [0.5, 0.25, 0.25]},
+    ]
+    assert [growth(rows, label) for label in range(3)] == [1.0, 0.5, 0.0]
