@@ -16,7 +16,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +32,7 @@ from debackdoor.attacks import load_trigger
 from debackdoor.attacks.base import ALL_TO_ONE
 from debackdoor.case import open_case
 from debackdoor.defenses import RNP
-from debackdoor.detect import exposed_models
+from debackdoor.detect import expose_several
 from debackdoor.detectors.clustering import ActivationClustering
 from debackdoor.detectors.cognitive_distillation import CognitiveDistillation
 from debackdoor.detectors.sample_base import SampleDetector
@@ -93,7 +93,8 @@ def measure(
     """Lets every detector judge one pile, with one model and with what unlearning makes of it."""
     images_of_both_parts = db.load_clean(card.dataset, limit=limit, seed=seed)
     case = open_case(load_model(weights_of(zoo, card.name), card.arch), images_of_both_parts, RNP(seed=seed))
-    model, clean = case.suspect, case.holdout
+    model = case.suspect
+    clean = replace(case.holdout, y=predict(model, case.holdout.x).argmax(1))
     pile = draw_pile(card, zoo, seed, sizes)
     succeeded = predict(model, pile.triggered).argmax(1) == pile.wanted
     started = time.perf_counter()
@@ -101,7 +102,7 @@ def measure(
     judges = {
         "original": [model],
         "exposed": [exposed.model],
-        "several exposed": exposed_models(case, several=True),
+        "several exposed": [unlearned.model for unlearned in expose_several(case, several=True)],
     }
     seconds = time.perf_counter() - started
     found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))

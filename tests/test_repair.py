@@ -28,15 +28,15 @@ CASE = import_module("debackdoor.case")
 
 @pytest.fixture
 def exposed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever unlearning finds, label 1 counts as exposed."""
-    monkeypatch.setattr(CASE, "largest_pile_up", lambda history: PileUp(1, 1.0))
+    """Whatever unlearning finds, label 1 counts as exposed, though four classes are too few to tell."""
+    monkeypatch.setattr(CASE, "FEWEST_CLASSES", 4)
+    monkeypatch.setattr(CASE, "most_repeated", lambda shares: PileUp(1, 1.0))
 
 
 @pytest.fixture
 def not_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No label stands out, neither while the clean task is forgotten nor by a shortcut."""
     nowhere = Shortcuts({kind.kind: dict.fromkeys(range(4), 0.1) for kind in KINDS}, 0.1, 0.3)
-    monkeypatch.setattr(CASE, "largest_pile_up", lambda history: PileUp(1, 0.0))
     monkeypatch.setattr(EVIDENCE, "find_shortcuts", lambda *_, **__: nowhere)
 
 
@@ -148,7 +148,8 @@ def test_where_nothing_is_exposed_no_bit_changes(monkeypatch: pytest.MonkeyPatch
 def test_a_pile_up_counts_only_with_batch_statistics(
     norm: nn.Module, touched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CASE, "largest_pile_up", lambda history: PileUp(1, 1.0))
+    monkeypatch.setattr(CASE, "FEWEST_CLASSES", 4)
+    monkeypatch.setattr(CASE, "most_repeated", lambda shares: PileUp(1, 1.0))
     model = quadrants()
     model[1] = norm
     assert db.repair(model.eval(), quadrant_set()).changed is touched

@@ -19,6 +19,7 @@ from debackdoor.detectors.strip import STRIP
 from debackdoor.errors import DebackdoorError, check_fraction
 from debackdoor.models.forward import predict
 from debackdoor.rnp.modes import normalisation_learns
+from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.types import CleanSet, Progress, SampleScores
 
 METHODS: dict[str, type[SampleDetector]] = {
@@ -76,23 +77,23 @@ def detect_samples(
     answers, of_clean = (predict(case.suspect, x, precision=precision).argmax(1) for x in (pile, case.holdout.x))
     # Clean images are scored as those of the pile are, with the model's answers, right or wrong, as their labels.
     holdout = replace(case.holdout, y=of_clean)
-    judges = [case.suspect] if on == "original" else exposed_models(case, METHODS[method] is ExposedMargin)
+    exposed = [] if on == "original" else expose_several(case, METHODS[method] is ExposedMargin)
+    judges = [unlearned.model for unlearned in exposed] or [case.suspect]
     detector = METHODS[method](seed=seed, precision=precision)
     found = smallest(detector, judges, holdout, pile, answers, progress=progress)
     scores, usual = (part.cpu() for part in found)
     threshold = float(torch.quantile(usual, 1 - false_positive_rate, interpolation="higher"))
     flagged = scores > threshold
     p_value = _by_chance(int(flagged.sum()), len(scores), int((usual > threshold).sum()), len(usual))
-    return SampleScores(
-        scores, threshold, flagged, answers.cpu(), false_positive_rate, p_value, f"{method} on the {on} model"
-    )
+    name, conclusive = f"{method} on the {on} model", all(unlearned.forgot for unlearned in exposed)
+    return SampleScores(scores, threshold, flagged, answers.cpu(), false_positive_rate, p_value, name, conclusive)
 
 
-def exposed_models(case: Case, several: bool) -> list[nn.Module]:
+def expose_several(case: Case, several: bool) -> list[Unlearned]:
     """Several models exposed by their normalisation layers, where these learn, or one exposed by all weights."""
     if several and normalisation_learns(case.suspect):
-        return [unlearned.model for unlearned in case.unlearn_parts(case.suspect)]
-    return [case.unlearn(case.suspect).model]
+        return list(case.unlearn_parts(case.suspect))
+    return [case.unlearn(case.suspect)]
 
 
 def _by_chance(flagged: int, images: int, above: int, clean: int) -> float:

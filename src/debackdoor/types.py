@@ -226,6 +226,7 @@ class SampleScores:
         false_positive_rate: the share of clean images that the threshold was set to flag, a fraction.
         p_value: how probable it is that so many of a pile of clean images are flagged, [0, 1].
         method: what the scores are.
+        conclusive: whether the clean task was unlearned, so that the exposed model can tell.
     """
 
     scores: Tensor
@@ -235,6 +236,7 @@ class SampleScores:
     false_positive_rate: float
     p_value: float
     method: str
+    conclusive: bool = True
 
     def __len__(self) -> int:
         return len(self.scores)

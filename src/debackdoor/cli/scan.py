@@ -78,6 +78,10 @@ def scan(
     from debackdoor.scan import scan as scan_model
 
     resolve_device(device)
+    if html is not None:
+        from debackdoor.report.page import check_libraries
+
+        check_libraries()
     with output.stages() as stages:
         stages.begin("load")
         loaded = open_model(checkpoint, arch, num_classes, mean, std)

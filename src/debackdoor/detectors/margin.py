@@ -119,9 +119,10 @@ def _climb(model: nn.Module, start: Tensor, labels: Tensor, settings: MarginSett
         with autocast(x.device, precision):
             logits = logits_of(model(x)).float()
         margin = margins_of(logits, labels)
-        best = torch.maximum(best, margin.detach())
+        # Not maximum, for which a margin that overflows in half precision would outdo all others.
+        best = torch.fmax(best, margin.detach())
         (x.grad,) = torch.autograd.grad(-margin.sum(), x)
         optimizer.step()
         with torch.no_grad():
             x.clamp_(0, 1)
-    return best
+    return best.nan_to_num(nan=0.0, neginf=0.0)

@@ -17,8 +17,8 @@ from debackdoor.models.forward import logits_of, margins_of, predict
 from debackdoor.runtime import autocast, generator
 from debackdoor.types import CleanSet, Progress, RecoveredTrigger
 
-SLACK = 0.05
-"""A trigger may fall this far short of the success that was asked for before the suspect model alone is searched."""
+LARGER = 4.0
+"""A trigger for both models may be so many times as large as one for the suspect model alone."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def recover_trigger(
     precision: str = "auto",
     progress: Progress | None = None,
 ) -> RecoveredTrigger:
-    """The smallest trigger that leads both models to ``label``, or the suspect alone where that works better.
+    """The smallest trigger that leads both models to ``label``, or the suspect alone where that serves better.
 
     The exposed model has forgotten the clean task, so that what else sends an image to the label there, features of the
     class itself and chance directions, does not lead the search astray (Li et al., ICML 2023, abstract).
@@ -124,11 +124,10 @@ def recover_trigger(
         return replace(found, success_rate=success_rate(suspect, found, holdout, precision=precision))
 
     doubt = 2 * max(0.0, _usual_margin(exposed, fit, label, precision))
-    together = search(_Joint(suspect, exposed, label, doubt).eval())
-    if together.success_rate >= settings.success - SLACK:
-        return together
-    # The exposed model has lost the backdoor, as it can without batch normalisation.
-    return max(together, search(suspect), key=lambda found: found.success_rate)
+    together, alone = search(_Joint(suspect, exposed, label, doubt).eval()), search(suspect)
+    # An exposed model that has lost the backdoor, or is too sure of the label, asks for far more than the trigger.
+    better = together.success_rate >= alone.success_rate and together.l1 <= LARGER * alone.l1
+    return together if better else alone
 
 
 def success_rate(model: nn.Module, trigger: RecoveredTrigger, images: CleanSet, *, precision: str = "auto") -> float:

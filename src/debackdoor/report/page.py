@@ -185,6 +185,15 @@ def _command(record: Mapping[str, Any]) -> str:
     return wording.command("repair", *words, "--budget", record["budget"], "--out", "FILE")
 
 
+def check_libraries() -> None:
+    """Checks, before any work, that what a page is made with is there.
+
+    Raises:
+        MissingDependencyError: if jinja2 does not import.
+    """
+    _template()
+
+
 def _template() -> Any:
     try:
         import jinja2

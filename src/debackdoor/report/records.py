@@ -87,6 +87,7 @@ def scan_record(head: Mapping[str, Any], report: ScanReport, *, clean_images: in
             for suspect in report.suspects
         ],
         "trigger": _trigger(report.trigger),
+        "triggers": [dict(row) for row in report.history.get("triggers", ())],
         "evidence": dict(report.evidence),
         "channels": [asdict(channel) for channel in report.ranking[:CHANNELS]],
         "layers": _layers(report.ranking),
@@ -175,6 +176,7 @@ def detect_record(
         "false_positive_rate": scores.false_positive_rate,
         "flagged": int(scores.flagged.sum()),
         "p_value": scores.p_value,
+        "conclusive": scores.conclusive,
         "samples": [
             {"image": image, "score": score, "flagged": flagged, "answer": answer}
             for image, score, flagged, answer in rows

@@ -72,7 +72,7 @@ _RULES = {
         "warning",
         "6.0",
         "The model may hide a backdoor.",
-        "A sign of a backdoor is above its threshold, but it may have an innocent cause.",
+        "A sign of a backdoor comes near to its threshold, nearer than is usual without one.",
         "Hold the model back. Scan again with more clean images and another seed, or repair it with "
         "'debackdoor repair'.",
     ),
