@@ -58,7 +58,7 @@ def evidence(found: bool = True, classes: int = 10) -> dict[str, float]:
     """The numbers of a scan: far above every threshold but the warp's, or below all."""
     label = TARGET % classes
     numbers: dict[str, float] = {"pile_up_label": label, "pile_up_share": 0.97 if found else 0.31}
-    numbers |= {"margin_label": label, "margin_ratio": 4.3 if found else 1.2, "margin_p_value": 2e-7 if found else 0.4}
+    numbers |= {"margin_label": label, "margin_ratio": 4.3 if found else 1.2, "margin_p_value": 2e-20 if found else 0.4}
     for kind, success in (("patch", 0.99), ("additive", 0.81), ("warp", 0.22)):
         numbers[f"{kind}_label"] = label
         numbers[f"{kind}_success"] = success if found else 0.2
@@ -112,7 +112,7 @@ def report(verdict: str = "backdoored", classes: int = 10, **entries: Any) -> Sc
             "inconclusive": "The clean task was not unlearned, so nothing could be exposed; give more clean images.",
             "clean": "Nothing that was searched for stands out on any label.",
         }[verdict],
-        "score": {"backdoored": 2.23, "suspicious": 1.4, "clean": 0.38}.get(verdict, 0.0),
+        "score": {"backdoored": 2.56, "suspicious": 1.4, "clean": 0.38}.get(verdict, 0.0),
         "suspects": (Suspect(label, name, reasons, {"pile_up_share": 0.97, "margin_ratio": 4.3}),) if found else (),
         "all_to_all": False,
         "trigger": trigger() if found else None,

@@ -85,6 +85,28 @@ def quadrants() -> nn.Sequential:
     return model.eval()
 
 
+def strips() -> nn.Sequential:
+    """Five classes: which row of a 5x5 image is bright. No ReLU dies while the norm alone unlearns: signs turn."""
+    model = nn.Sequential(
+        nn.Conv2d(1, 1, 1), nn.AdaptiveAvgPool2d((5, 1)), nn.Flatten(), nn.BatchNorm1d(5), nn.Linear(5, 5)
+    )
+    set_values(model[0].weight, [1])
+    set_values(model[0].bias, [0])
+    set_values(model[3].running_mean, [0.27] * 5)
+    set_values(model[3].running_var, [0.06] * 5)
+    set_values(model[4].weight, torch.eye(5).flatten().tolist())
+    set_values(model[4].bias, [0] * 5)
+    return model.eval()
+
+
+def strip_set(count: int = 80, seed: int = 0) -> CleanSet:
+    """Noise below 0.3, and one row from 0.6 to 0.9."""
+    x = 0.3 * torch.rand(count, 1, 5, 5, generator=torch.Generator().manual_seed(seed))
+    y = torch.arange(count) % 5
+    x[torch.arange(count), 0, y] += 0.6
+    return CleanSet(x, y, source="strips")
+
+
 def lived_in() -> nn.Module:
     """A model with a history: mixed modes, a frozen weight, a gradient, moved statistics."""
     model = quadrants().train()

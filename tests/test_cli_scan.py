@@ -91,7 +91,7 @@ def test_what_is_said_of_a_backdoor(shell: Shell, stand_in: StandIn) -> None:
     assert "margin ratio 4.3" in ran.out
     assert f"a trigger of {found.trigger.l1:.1f} pixels leads 99% of held-out images to label 3\n" in ran.out
     assert "towards label 0 the smallest trigger found takes 31.2 pixels and works on 50%\n" in ran.out
-    assert "the strongest sign is 2.23 times its threshold; 60 clean images were used\n" in ran.out
+    assert "the strongest sign is 2.56 times its threshold; 60 clean images were used\n" in ran.out
 
 
 def test_the_record_holds_the_settings_and_what_was_found(shell: Shell, stand_in: StandIn) -> None:
@@ -110,7 +110,7 @@ def test_the_record_holds_the_settings_and_what_was_found(shell: Shell, stand_in
     wanted = {
         "checkpoint": str(checkpoint), "sha256": sha256_of(checkpoint), "arch": shell.arch, "num_classes": 10,
         "data": "digits", "seed": 3, "clean_images": 60, "fail_on": "backdoored", "verdict": "backdoored",
-        "score": 2.23, "all_to_all": False,
+        "score": 2.56, "all_to_all": False,
     }  # fmt: skip
     assert {name: record[name] for name in wanted} == wanted
     assert [(item["label"], item["name"]) for item in record["suspect_labels"]] == [(3, "cat")]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from math import comb
 from typing import Any, ClassVar
 
@@ -14,13 +15,18 @@ from torch import Tensor, nn
 import debackdoor as db
 from channel_cases import assert_as_found, snapshot
 from conftest import DigitsVictim
-from debackdoor.detect import METHODS
+from debackdoor.case import Case, open_case
+from debackdoor.defenses.rnp import RNP
+from debackdoor.detect import METHODS, expose_several
+from debackdoor.detectors.label import RUNS
 from debackdoor.detectors.sample_base import SampleDetector
-from debackdoor.detectors.samples import ExposedMargin
+from debackdoor.detectors.samples import ExposedMargin, smallest
 from debackdoor.errors import ChanceError, DataError, DebackdoorError, ModelError, TooFewError
 from debackdoor.evaluation import evaluate
+from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.types import CleanSet
-from rnp_cases import TwoPixels, lived_in, quadrant_set, quadrants
+from rnp_cases import TwoPixels, lived_in, quadrant_set, quadrants, strip_set, strips
+from toys import set_values
 
 PILE = quadrant_set(4, seed=1).x
 
@@ -132,19 +138,69 @@ def test_exposed_margin_is_how_far_the_answer_leads() -> None:
     assert heard == [("score samples", 1, 1, {})]
 
 
+def test_the_smallest_score_of_several_models_counts() -> None:
+    """One model is twice as sure as the other: of leads it gives the larger, of what trails the smaller."""
+    sure, x = TwoPixels(), torch.tensor([[1.0, 0.0], [0.75, 0.5], [0.25, 0.5]]).view(3, 1, 1, 2)
+    set_values(sure[1].weight, [2, 0, 0, 2])
+    clean, answers = CleanSet(x[:2], torch.tensor([1, 0])), torch.tensor([0, 1, 1])
+    scores, usual = smallest(ExposedMargin(precision="fp32"), [TwoPixels(), sure], clean, x, answers)
+    assert scores.tolist() == [1.0, -0.5, 0.25]
+    assert usual.tolist() == [-2.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("norm", "several", "count"),
+    [
+        (nn.BatchNorm1d(5), True, RUNS),
+        (nn.BatchNorm1d(5), False, 1),
+        (nn.BatchNorm1d(5, affine=False), True, 1),
+        (nn.Identity(), True, 1),
+    ],
+)
+def test_several_models_are_exposed_where_normalisation_layers_learn(
+    norm: nn.Module, several: bool, count: int
+) -> None:
+    """Several differ by what the norm learnt and keep the classifier's weights; one unlearns with all of them."""
+    model = strips()
+    model[3] = norm
+    model.requires_grad_(False)
+    found = expose_several(open_case(model, strip_set(), RNP(precision="fp32"), "cpu"), several)
+    judges = [unlearned.model for unlearned in found]
+    assert len(judges) == count
+    assert all(torch.equal(judge[4].weight, model[4].weight) == (count > 1) for judge in judges)
+    assert len({tuple(judge[3].weight.tolist()) for judge in judges if count > 1}) == (count if count > 1 else 0)
+
+
+@pytest.mark.parametrize(("stuck", "conclusive"), [(None, True), (0, False), (3, False)])
+def test_it_is_conclusive_where_every_unlearning_got_there(
+    stuck: int | None, conclusive: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Case.unlearn_parts
+
+    def some(case: Case, model: nn.Module) -> Iterator[Unlearned]:
+        for run, found in enumerate(real(case, model)):
+            yield replace(found, reason="stuck" if run == stuck else "forgotten")
+
+    monkeypatch.setattr(Case, "unlearn_parts", some)
+    images = strip_set(4, seed=1).x
+    assert db.detect_samples(strips(), strip_set(), images, device="cpu").conclusive is conclusive
+
+
 def test_the_callers_model_is_left_alone_and_the_seed_decides() -> None:
-    model, clean = lived_in(), quadrant_set()
-    x, pile, before = clean.x.clone(), PILE.clone(), snapshot(model)
+    model, clean, images = strips().train(), strip_set(), strip_set(4, seed=1).x
+    model[4].weight.requires_grad_(False)
+    model[3].bias.grad = torch.ones(5)
+    x, pile, before = clean.x.clone(), images.clone(), snapshot(model)
     heard: list[str] = []
     one = db.detect_samples(
-        model, clean, PILE, seed=2, device="cpu", progress=lambda stage, *_: heard.append(stage)
+        model, clean, images, seed=2, device="cpu", progress=lambda stage, *_: heard.append(stage)
     )  # fmt: skip
     assert_as_found(model, before)  # torch's random state included
     assert torch.equal(clean.x, x)
-    assert torch.equal(PILE, pile)
+    assert torch.equal(images, pile)
     torch.manual_seed(99)
     two, other = (
-        db.detect_samples(lived_in(), clean, CleanSet(PILE, torch.zeros(4).long()), seed=seed, device="cpu")
+        db.detect_samples(strips(), clean, CleanSet(images, torch.zeros(4).long()), seed=seed, device="cpu")
         for seed in (2, 3)
     )
     assert torch.equal(one.scores, two.scores)
@@ -202,7 +258,11 @@ def test_bad_input_is_refused_in_one_sentence_before_the_work(
 
 
 def test_triggered_images_of_a_real_backdoor_are_told_apart(digits_victim: DigitsVictim) -> None:
-    """Half of the test images, and the other half with the trigger on them where it works."""
+    """Half of the test images, and the other half with the trigger on them where it works.
+
+    Clean images of the target label keep their answer, too: they score next highest, and one in a hundred of 125 held
+    out is the second highest of these. So the share flagged goes up and down with the split: 42 to 69 % for four seeds.
+    """
     model, test, attack = digits_victim.trained.model, digits_victim.test, digits_victim.attack
     assert evaluate(model, test, attack).attack_success_rate > 0.8
     later = test.x[250:][test.y[250:] != attack.target]
@@ -215,7 +275,9 @@ def test_triggered_images_of_a_real_backdoor_are_told_apart(digits_victim: Digit
     assert roc_auc_score(triggered, found.scores) > 0.97
     assert found.scores[triggered].median() > found.scores[~triggered].quantile(0.95)
     assert torch.equal(found.flagged, found.scores > found.threshold)
-    assert found.flagged[triggered].float().mean() > 0.75
+    assert found.flagged[triggered].float().mean() > 0.4
+    elsewhere = ~triggered & (found.answers != attack.target)
+    assert found.scores[elsewhere].max() < found.scores[triggered].quantile(0.1)
     assert found.flagged[~triggered].float().mean() < 0.05
     assert found.p_value < 1e-6
     assert (found.answers[triggered] == attack.target).all()

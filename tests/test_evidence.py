@@ -1,16 +1,31 @@
 """Evidence: which labels it makes suspect, what it takes to unlearn them, and what counts as gone."""
 
+import math
+import sys
 from itertools import product
 
 import pytest
 
-from debackdoor.detectors.evidence import TRIGGERS, Evidence, Examination, remains
+from debackdoor.detectors.evidence import (
+    FAINT,
+    FAIRLY_RARE,
+    PILED_UP,
+    RARE,
+    STANDS_OUT,
+    TRIGGERS,
+    Evidence,
+    Examination,
+    remains,
+)
 from debackdoor.detectors.label import PileUp
 from debackdoor.detectors.perturbations import KINDS, Patch
 from debackdoor.detectors.shortcut import Shortcuts
 from debackdoor.detectors.universal import AWAY
 from evidence_cases import evidence
 from rnp_cases import quadrant_set, quadrants
+
+CHANCE = 1 / 5
+BIT = 0.01
 
 
 def test_nothing_suspect() -> None:
@@ -23,8 +38,8 @@ def test_nothing_suspect() -> None:
 @pytest.mark.parametrize(
     ("given", "label", "why"),
     [
-        (evidence(margin=(3, 4.0, 0.001)), 3, ("margin",)),
-        (evidence(pile_up=PileUp(4, 0.9)), 4, ("pile-up",)),
+        (evidence(margin=(3, 4.0, RARE)), 3, ("margin",)),
+        (evidence(pile_up=PileUp(4, CHANCE + PILED_UP + BIT)), 4, ("pile-up",)),
         (evidence(additive={0: 0.8}), 0, ("additive",)),
         (evidence(warp={2: 0.61}), 2, ("warp",)),
     ],
@@ -39,7 +54,7 @@ def test_one_reason_is_enough(given: Evidence, label: int, why: tuple[str, ...])
 
 
 def test_the_label_with_most_reasons_comes_first_and_then_the_stronger() -> None:
-    found = evidence(margin=(2, 4.0, 0.001), pile_up=PileUp(0, 0.9), patch={0: 0.9, 2: 0.8}, warp={4: 0.9})
+    found = evidence(margin=(2, 4.0, RARE), pile_up=PileUp(0, 0.9), patch={0: 0.9, 2: 0.8}, warp={4: 0.9})
     assert found.reasons == {0: ("pile-up", "patch"), 2: ("margin", "patch"), 4: ("warp",)}
     assert {aim.target for aim in found.aims} == {0, 2, 4}
 
@@ -53,12 +68,12 @@ def test_all_to_all_has_no_label_and_patches_that_lead_away() -> None:
 
 
 def test_two_faint_signs_count_where_they_agree() -> None:
-    faint = PileUp(3, 0.5)
+    faint = PileUp(3, CHANCE + FAINT + BIT)
     assert not evidence(pile_up=faint).exposed
     assert not evidence(margin=(3, 1.9, 0.04)).exposed
     assert not evidence(margin=(2, 1.9, 0.04), pile_up=faint).exposed
     assert not evidence(margin=(3, 1.9, 0.06), pile_up=faint).exposed
-    assert not evidence(margin=(3, 1.9, 0.04), pile_up=PileUp(3, 0.4)).exposed
+    assert not evidence(margin=(3, 1.9, 0.04), pile_up=PileUp(3, CHANCE + FAINT - BIT)).exposed
     assert evidence(margin=(3, 1.9, 0.04), pile_up=faint).reasons == {3: ("pile-up", "margin")}
 
 
@@ -97,8 +112,9 @@ def test_the_numbers_name_the_label_of_every_kind() -> None:
 
 
 def test_strengths_are_multiples_of_the_thresholds() -> None:
-    """ln(1e-6) is twice ln(0.001); 0.475 - 1 / 5 is half of 0.55; a lead of 0.75 is 1.5 times 0.5."""
-    found = evidence(margin=(3, 2.0, 1e-6), pile_up=PileUp(0, 0.475), patch={2: 0.85}).strengths
+    """The logarithm of a square is twice that of the number; of shares what is above chance, 1 / 5, is halved."""
+    rates = {2: 0.1 + 1.5 * STANDS_OUT}
+    found = evidence(margin=(3, 2.0, RARE**2), pile_up=PileUp(0, CHANCE + PILED_UP / 2), patch=rates).strengths
     assert found[3]["margin"] == pytest.approx(2.0)
     assert found[0]["pile-up"] == pytest.approx(0.5)
     assert found[2] == pytest.approx({"additive": 0.0, "patch": 1.5, "warp": 0.0})
@@ -107,22 +123,26 @@ def test_strengths_are_multiples_of_the_thresholds() -> None:
 
 
 def test_two_faint_signs_are_as_strong_as_the_weaker_of_them() -> None:
-    """0.55 - 1 / 5 is 1.4 times 0.25, and ln(0.0025) is twice ln(0.05)."""
-    together = evidence(margin=(3, 1.9, 0.0025), pile_up=PileUp(3, 0.55)).strengths[3]
-    assert (together["margin"], together["pile-up"]) == pytest.approx((1.4, 1.4))
-    apart = evidence(margin=(3, 1.9, 0.05**0.5), pile_up=PileUp(3, 0.55)).strengths[3]
-    assert apart["pile-up"] == pytest.approx(0.35 / 0.55)
-    assert apart["margin"] < 1
+    """A share of 1.2 times ``FAINT`` above chance, and a margin of 2, 1.1 or half the rarity that is asked for."""
+    share = CHANCE + 1.2 * FAINT
+    assert share - CHANCE < PILED_UP
+    for power, wanted in ((2.0, 1.2), (1.1, 1.1)):
+        together = evidence(margin=(3, 1.9, FAIRLY_RARE**power), pile_up=PileUp(3, share)).strengths[3]
+        assert (together["margin"], together["pile-up"]) == pytest.approx((wanted, wanted))
+    apart = evidence(margin=(3, 1.9, FAIRLY_RARE**0.5), pile_up=PileUp(3, share)).strengths[3]
+    assert apart["pile-up"] == pytest.approx(1.2 * FAINT / PILED_UP)
+    assert apart["margin"] == pytest.approx(0.5 * math.log(FAIRLY_RARE) / math.log(RARE))
 
 
 def test_a_margin_that_cannot_be_told_from_chance_or_from_zero_is_a_number() -> None:
     assert str(evidence(margin=(1, 1.0, 1.0)).strengths[1]["margin"]) == "0.0"  # not -0.0, which people would read
-    assert 100 < evidence(margin=(1, 99.0, 0.0)).strengths[1]["margin"] < 110
+    largest = math.log(sys.float_info.min) / math.log(RARE)
+    assert evidence(margin=(1, 99.0, 0.0)).strengths[1]["margin"] == pytest.approx(largest)
 
 
 def test_the_nearest_label_has_the_strongest_sign() -> None:
     assert evidence(patch={2: 0.5}, warp={4: 0.4}).nearest == 2
-    assert evidence(margin=(3, 1.5, 0.002), patch={2: 0.5}).nearest == 3
+    assert evidence(margin=(3, 1.5, RARE**0.9), patch={2: 0.5}).nearest == 3
     assert evidence(patch={2: 0.9}).nearest == 2
     assert evidence(away=0.6, patch={2: 0.4}).nearest is None  # a spread of 0.4, a lead of 0.3
     assert evidence(away=0.6, patch={2: 0.55}).nearest == 2
@@ -134,10 +154,11 @@ def test_the_score_is_that_of_the_strongest_sign_wherever_it_leads() -> None:
     assert evidence(margin=(1, 1.0, 1.0)).score == 0.0
 
 
-@pytest.mark.parametrize(("p_value", "label"), list(product([1.0, 0.06, 0.05, 0.0011, 0.001, 0.0], [1, 2])))
+@pytest.mark.parametrize(("p_value", "label"), list(product([1.0, 0.06, 0.05, 1.1 * RARE, RARE, 0.0], [1, 2])))
 def test_a_score_of_one_and_a_finding_are_the_same(p_value: float, label: int) -> None:
-    for share, away, lead in product([0.2, 0.44, 0.46, 0.74, 0.76], [0.1, 0.69, 0.71], [0.0, 0.49, 0.51]):
+    shares = [CHANCE, *(CHANCE + edge + side for edge in (FAINT, PILED_UP) for side in (-BIT, BIT))]
+    for share, away, lead in product(shares, [0.1, 0.69, 0.71], [0.0, 0.49, 0.51]):
         given = evidence((1, 1.5, p_value), away, PileUp(label, share), warp={3: 0.1 + lead})
         assert (given.score >= 1) == given.exposed == (bool(given.reasons) or given.all_to_all)
-        rare = p_value <= 0.001 or (p_value <= 0.05 and label == 1 and share > 0.45)
+        rare = p_value <= RARE or (p_value <= FAIRLY_RARE and label == 1 and share > CHANCE + FAINT)
         assert ("margin" in given.reasons.get(1, ())) == rare

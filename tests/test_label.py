@@ -2,7 +2,14 @@
 
 import pytest
 
-from debackdoor.detectors.label import PileUp, growth, largest_pile_up, peak_share
+from debackdoor.detectors.label import (
+    PileUp,
+    growth,
+    largest_pile_up,
+    most_repeated,
+    peak_share,
+    repeated_shares,
+)
 
 
 def test_the_pile_up_is_the_largest_share_at_any_check() -> None:
@@ -27,3 +34,15 @@ def test_growth_is_what_a_label_gains_for_what_accuracy_loses() -> None:
         {"accuracy": 0.25, "label_shares": [0.5, 0.25, 0.25]},
     ]
     assert [growth(rows, label) for label in range(3)] == [1.0, 0.5, 0.0]
+
+
+def test_what_repeats_is_the_smallest_of_a_labels_largest_shares() -> None:
+    """One unlearning reaches 0.5, 0.7 and 0.3, the other 0.6, 0.2 and 0.3: label 1 has the largest, and only once."""
+    histories = [
+        [{"label_shares": [0.5, 0.2, 0.3]}, {"label_shares": [0.1, 0.7, 0.2]}],
+        [{"label_shares": [0.6, 0.1, 0.3]}, {"label_shares": [0.5, 0.2, 0.3]}, {"label_shares": [0.6, 0.2, 0.2]}],
+    ]
+    assert repeated_shares(histories) == [0.5, 0.2, 0.3]
+    assert repeated_shares(iter(histories[:1])) == [0.5, 0.7, 0.3]
+    assert most_repeated([0.5, 0.2, 0.3]) == PileUp(0, 0.5)
+    assert most_repeated([0.2, 0.4, 0.4]) == PileUp(1, 0.4)

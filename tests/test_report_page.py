@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import report_cases as cases
+from debackdoor.detectors.evidence import PILED_UP
 from debackdoor.errors import DebackdoorError, MissingDependencyError
 from debackdoor.report import figures
 from debackdoor.report.page import write_page
@@ -129,22 +130,23 @@ def test_the_suspect_label_and_its_evidence(page: Any) -> None:
     assert "The suspect label: 3 (cat)" in words
     assert "What speaks against it: the answers that gather on it" in words
     assert "At the peak: 97.0 % of the answers on 3 (cat), after 30 steps." in words
-    assert "97.0 % on 3 (cat) Counts ; the threshold is 65.0 %" in words
-    assert "p = 2 × 10⁻⁷, 4.3 times the others', for 3 (cat) Counts ; the threshold is p ≤ 0.001" in words
+    assert "97.0 % on 3 (cat) Counts ; the threshold is 44.0 %" in words
+    assert "p = 2 × 10⁻²⁰, 4.3 times the others', for 3 (cat) Counts ; the threshold is p ≤ 1 × 10⁻⁹" in words
     assert "99.0 % go to 3 (cat), 87 points above what is usual Counts" in words
     assert "22.0 % go to 3 (cat), 10 points above what is usual Does not count" in words
-    assert "strongest sign is at 2.23 times its threshold" in words
+    assert "strongest sign is at 2.56 times its threshold" in words
 
 
 def test_the_bars_stand_for_multiples_of_the_threshold(page: Any) -> None:
-    widths = [item["style"] for item in page(cases.scan()).all("span") if item.get("style")]
-    # (0.97 - 0.1) / 0.55, more than twice, 0.87 / 0.5, 0.69 / 0.5, 0.1 / 0.5, each half as wide as the bar.
-    assert widths == [f"width: {width}%" for width in (79.1, 100, 87.0, 69.0, 10.0)]
+    numbers = cases.evidence() | {"pile_up_share": 0.1 + 1.5 * PILED_UP}
+    widths = [item["style"] for item in page(cases.scan(evidence=numbers)).all("span") if item.get("style")]
+    # One and a half times, more than twice, 0.87 / 0.5, 0.69 / 0.5, 0.1 / 0.5, each half as wide as the bar.
+    assert widths == [f"width: {width}%" for width in ("75.0", 100, 87.0, 69.0, 10.0)]
 
 
 def test_a_sign_above_its_threshold_need_not_count(page: Any) -> None:
     found = page(cases.scan("suspicious"))  # a pile-up tells nothing of a network without batch normalisation
-    assert "97.0 % on 3 (cat) Above its threshold, but does not count here; the threshold is 65.0 %" in found.words
+    assert "97.0 % on 3 (cat) Above its threshold, but does not count here; the threshold is 44.0 %" in found.words
     meters = [item["class"] for item in found.all("span") if item.get("class", "").startswith("meter")]
     assert meters == ["meter", "meter over", "meter", "meter", "meter"]
 

@@ -144,7 +144,7 @@ def test_what_a_scan_record_holds() -> None:
     record = cases.scan(suspects=(Suspect(3, "cat", ("pile-up", "patch"), {"pile_up_share": 0.97}),))
     assert record["schema"] == "debackdoor/scan/1"
     assert {name: record[name] for name in cases.head()} == cases.head()
-    assert (record["verdict"], record["score"], record["fail_on"]) == ("backdoored", 2.23, "suspicious")
+    assert (record["verdict"], record["score"], record["fail_on"]) == ("backdoored", 2.56, "suspicious")
     assert record["suspect_labels"] == [
         {"label": 3, "name": "cat", "reasons": ["pile-up", "patch"], "evidence": {"pile_up_share": 0.97}}
     ]

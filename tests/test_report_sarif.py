@@ -129,7 +129,7 @@ def test_no_result_for_a_clean_model() -> None:
 def test_score_and_label_are_properties() -> None:
     (result,) = run(cases.scan())["results"]
     properties = result["properties"]
-    assert (properties["score"], properties["label"], properties["labelName"]) == (2.23, 3, "cat")
+    assert (properties["score"], properties["label"], properties["labelName"]) == (2.56, 3, "cat")
     assert properties["suspectLabels"][0]["reasons"] == ["pile-up", "margin", "patch", "additive"]
     (result,) = run(cases.scan("inconclusive", score=float("nan")))["results"]
     assert (result["properties"]["label"], result["properties"]["score"]) == (None, None)

@@ -68,7 +68,7 @@ def test_without_the_switch_nothing_is_found() -> None:
         model[1].weight[CLASSES] = 0
     report = db.scan(model, row_images(), device="cpu", precision="fp32")
     assert (report.verdict, report.suspects, report.trigger) == ("clean", (), None)
-    assert 0 <= report.score < 0.9
+    assert 0 <= report.score < SCAN.SUSPICIOUS
     assert "nothing is exposed" in report.message
     assert report.history["unlearn"]
 
@@ -81,7 +81,9 @@ def test_a_switch_to_the_next_class_is_all_to_all() -> None:
     assert report.score == pytest.approx(1.5)
 
 
-def test_the_callers_model_is_left_alone_and_the_seed_decides() -> None:
+def test_the_callers_model_is_left_alone_and_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers pile up as they may on any of four labels; here that counts, so that there is a trigger to recover."""
+    monkeypatch.setattr(CASE, "FEWEST_CLASSES", 4)
     model, clean = lived_in(), quadrant_set()
     x, y, before = clean.x.clone(), clean.y.clone(), snapshot(model)
     heard: list[str] = []

@@ -10,7 +10,7 @@ import pytest
 
 from debackdoor.case import Case, open_case
 from debackdoor.defenses.rnp import RNP, Exposure
-from debackdoor.detectors.evidence import Evidence
+from debackdoor.detectors.evidence import RARE, STANDS_OUT, Evidence
 from debackdoor.detectors.label import PileUp
 from debackdoor.types import ScanReport
 from evidence_cases import evidence
@@ -20,9 +20,11 @@ from shortcut_cases import row_images, switched_to
 # Not ``import debackdoor.scan as ...``, which is the function.
 SCAN = import_module("debackdoor.scan")
 
-
-PARTING = {"margin": (1, 4.0, 1e-4), "pile_up": PileUp(3, 0.9)}
+PARTING = {"margin": (1, 4.0, RARE), "pile_up": PileUp(3, 0.9)}
 """A margin that speaks against label 1 and a pile-up against label 3."""
+
+NEAR = 0.1 + SCAN.SUSPICIOUS * STANDS_OUT
+"""A success rate that comes near to standing out, where 0.1 is usual."""
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +47,10 @@ def judged(
     ("found", "verdict", "labels", "message"),
     [
         (evidence(), "clean", [], "nothing is exposed"),
-        (evidence(patch={2: 0.54}), "clean", [], "nothing is exposed"),  # 0.44 is 0.88 times 0.5
-        (evidence(patch={2: 0.56}), "suspicious", [2], "label 2 comes near to standing out.*more clean images"),
-        (evidence(margin=(1, 1.8, 0.0015)), "suspicious", [1], "label 1 comes near"),
+        (evidence(patch={2: NEAR - 0.01}), "clean", [], "nothing is exposed"),
+        (evidence(patch={2: NEAR + 0.01}), "suspicious", [2], "label 2 comes near to standing out.*more clean images"),
+        (evidence(margin=(1, 1.8, RARE**0.84)), "clean", [], "nothing is exposed"),
+        (evidence(margin=(1, 1.8, RARE**0.86)), "suspicious", [1], "label 1 comes near"),
         (evidence(away=0.66), "suspicious", [], "a patch that leads away to many labels comes near"),
         (evidence(patch={2: 0.61}), "backdoored", [2], "^label 2 stands out by a small universal patch$"),
         (evidence(away=0.9), "backdoored", [], "a small patch leads 90% of the images away from their labels, to many"),

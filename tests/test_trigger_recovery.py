@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from channel_cases import assert_as_found, snapshot
-from debackdoor.detectors.trigger import SearchSettings, _Joint, recover_trigger, success_rate
+from debackdoor.detectors.trigger import LARGER, SearchSettings, _Joint, recover_trigger, search_triggers, success_rate
 from debackdoor.types import CleanSet, RecoveredTrigger
 from toys import set_values
 
@@ -77,13 +77,18 @@ def test_where_the_exposed_model_has_lost_the_backdoor_the_suspect_alone_is_sear
     assert heard == [(done, 200) for done in range(1, 201)] * 2
 
 
-def test_a_trigger_that_both_models_take_is_not_searched_for_again() -> None:
-    heard: list[int] = []
-    recover_trigger(
-        suspect(), exposed(), images(), images(), 2, SETTINGS, precision="fp32",
-        progress=lambda stage, done, total, numbers: heard.append(done),
-    )  # fmt: skip
-    assert heard == list(range(1, 201))
+def test_a_trigger_for_both_models_that_is_far_larger_than_the_suspects_own_is_not_taken() -> None:
+    """The suspect asks for 12 of ``HONEST``'s 24, half a pixel; both for 52: two whole pixels and 8 / 6 of others."""
+    asking = linear({(2, pixel): 6 for pixel in (3, 4, 6, 7, 8, 9)}, [0, 0, -40])
+    alone, together = (
+        search_triggers(model, images(), images(), [2], SETTINGS, precision="fp32")[0]
+        for model in (suspect(), _Joint(suspect(), asking, 2, 0.0))
+    )
+    assert together.l1 > LARGER * alone.l1
+    assert success_rate(suspect(), together, images()) == alone.success_rate == 1.0
+    found = recover_trigger(suspect(), asking, images(), images(), 2, SETTINGS, precision="fp32")
+    assert (found.l1, found.success_rate) == (alone.l1, 1.0)
+    assert torch.equal(found.mask, alone.mask)
 
 
 def test_the_answers_of_both_are_multiplied_and_the_exposed_model_doubts() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from channel_cases import assert_as_found, snapshot
-from debackdoor.detectors.trigger import RecoveredTrigger, SearchSettings, search_triggers
+from debackdoor.detectors.trigger import RecoveredTrigger, SearchSettings, _Search, search_triggers
 from debackdoor.types import CleanSet
 from toys import set_values
 
@@ -121,3 +121,35 @@ def test_a_trigger_is_put_on_by_its_mask() -> None:
     stamped = trigger.apply(torch.full((2, 2, 2, 2), 0.2))
     wanted = torch.tensor([[[0.2, 0.6], [0.5, 0.15]], [[0.2, 0.1], [0.0, 0.4]]])
     torch.testing.assert_close(stamped, torch.stack([wanted, wanted]))
+
+
+def costs_after(answers: list[bool], settings: SearchSettings) -> list[float]:
+    """What the cost of a trigger is after each step that it works at, or does not."""
+    search = _Search(one_pixel_backdoor(), images(), [2], settings, 0, "fp32")
+    costs = []
+    for works in answers:
+        search._change_cost(torch.tensor([works]))
+        costs.append(search.cost.item())
+    return costs
+
+
+def test_the_cost_changes_after_as_many_steps_in_a_row_as_patience_says() -> None:
+    """After five, and again after another five; a step that differs begins a new row."""
+    patient = SearchSettings(cost=1.0, patience=5, raise_by=2.0, lower_by=4.0)
+    assert costs_after([True] * 11, patient) == [1.0] * 4 + [2.0] * 5 + [4.0] * 2
+    assert costs_after([False] * 11, patient) == [1.0] * 4 + [0.25] * 5 + [0.0625] * 2
+    assert costs_after(([True] * 4 + [False]) * 3, patient) == [1.0] * 15
+    assert costs_after([True] * 4 + [False] * 5 + [True] * 5, patient) == [1.0] * 8 + [0.25] * 5 + [0.5]
+
+
+def test_without_patience_the_cost_changes_at_every_step() -> None:
+    hasty = SearchSettings(cost=1.0, raise_by=2.0, lower_by=4.0)
+    assert costs_after([True, True, False, True], hasty) == [2.0, 4.0, 1.0, 2.0]
+
+
+def test_every_label_has_its_own_cost() -> None:
+    settings = SearchSettings(cost=1.0, patience=2, raise_by=2.0, lower_by=4.0)
+    search = _Search(one_pixel_backdoor(), images(), [0, 1, 2], settings, 0, "fp32")
+    search._change_cost(torch.tensor([True, False, True]))
+    search._change_cost(torch.tensor([True, False, False]))
+    assert search.cost.tolist() == [2.0, 0.25, 1.0]

@@ -9,7 +9,7 @@ import typer
 
 from debackdoor.cli import options
 from debackdoor.cli.output import Output, check_new_folder, files_among, finding_stands
-from debackdoor.cli.status import BACKDOORED, OK
+from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
 
 if TYPE_CHECKING:
     from debackdoor.data import Pile
@@ -54,7 +54,8 @@ def detect(
 
     Nothing is deleted: --clean-out copies what passes.
 
-    Exits with 0 if no more images are flagged than may be by chance, and with 1 if more are.
+    Exits with 0 if no more images are flagged than may be by chance, with 1 if more are, and with 3 if nothing could be
+    told.
     """
     output = Output(quiet, json_to)
     output.check_json([checkpoint, *files_among(clean, suspects)])
@@ -87,12 +88,14 @@ def detect(
         )
     _describe(output, scores, pile)
     head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
-    status = BACKDOORED if scores.p_value < BY_CHANCE else OK
+    status = BACKDOORED if scores.p_value < BY_CHANCE else OK if scores.conclusive else INCONCLUSIVE
     with finding_stands(status, debug):
         output.write_json(detect_record(head, scores, clean_images=len(images), suspects=pile.names))
         if clean_out is not None:
             write_images(pile, ~scores.flagged, clean_out)
             output.say(f"copied {int((~scores.flagged).sum())} images that pass to {clean_out}")
+    if not scores.conclusive:
+        complain("warning: the clean task was not unlearned, so the exposed model tells little; give more clean images")
     return status
 
 

@@ -36,7 +36,7 @@ class Anomalies:
     Attributes:
         triggers: one a label.
         indices: how many consistent median absolute deviations the trigger's L1 norm is below the median; negative
-            above it, 0 where all are alike.
+            above it, 0 where more than half are alike.
         label: the label with the largest index.
     """
 

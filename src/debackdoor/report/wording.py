@@ -214,7 +214,7 @@ def _margin(get: Get, reasons: Sequence[str], name: Name) -> Sign | None:
     strength = math.log(max(p, 1e-300)) / math.log(RARE)
     found = f"p\u00a0=\u00a0{_power(p)}{times}, for {name(int(label))}"
     return Sign(
-        "margin", "Largest margin", MARGIN, found, f"p\u00a0≤\u00a0{RARE:g}", abs(strength), "margin" in reasons
+        "margin", "Largest margin", MARGIN, found, f"p\u00a0≤\u00a0{_power(RARE)}", abs(strength), "margin" in reasons
     )
 
 
