@@ -15,8 +15,8 @@ from torch import nn
 
 from debackdoor.data import check_clean_set, split_clean
 from debackdoor.defenses.rnp import RNP, Exposure
-from debackdoor.detectors.evidence import Evidence, Examination
-from debackdoor.detectors.label import largest_pile_up, most_repeated, repeated_shares, unlearn_parts
+from debackdoor.detectors.evidence import FAINT, Evidence, Examination
+from debackdoor.detectors.label import RUNS, largest_pile_up, most_repeated, repeated_shares, unlearn_parts
 from debackdoor.detectors.margin import FEWEST_CLASSES
 from debackdoor.errors import ChanceError, DebackdoorError, ModelError
 from debackdoor.models.forward import accuracy, predict, to_faster_layout
@@ -66,14 +66,15 @@ class Case:
         """Unlearns the clean task and recovers it."""
         return self.method.expose(self.suspect, self.fit, progress=self.progress)
 
-    def unlearn_parts(self, model: nn.Module) -> Iterator[Unlearned]:
+    def unlearn_parts(self, model: nn.Module, runs: int) -> Iterator[Unlearned]:
         """Makes copies of a model forget parts of the clean task, by the normalisation layers alone."""
         m = self.method
-        return unlearn_parts(model, self.fit, seed=m.seed, precision=m.precision, progress=self.progress)
+        return unlearn_parts(model, self.fit, runs=runs, seed=m.seed, precision=m.precision, progress=self.progress)
 
     def pile_ups(self, model: nn.Module) -> list[float]:
         """For every label the share of the answers that gathers on it whatever part of the images is forgotten."""
-        return repeated_shares(unlearned.history for unlearned in self.unlearn_parts(model))
+        histories = (unlearned.history for unlearned in self.unlearn_parts(model, RUNS))
+        return repeated_shares(histories, least=FAINT + 1 / self.classes)
 
     def evidence(self, exposure: Exposure) -> Evidence:
         """All that speaks for a backdoor in the suspect model."""

@@ -29,6 +29,9 @@ METHODS: dict[str, type[SampleDetector]] = {
 
 MODELS = ("exposed", "original")
 
+SEVERAL = 4
+"""As many exposed models have to agree on a sample."""
+
 
 def detect_samples(
     model: nn.Module,
@@ -92,7 +95,7 @@ def detect_samples(
 def expose_several(case: Case, several: bool) -> list[Unlearned]:
     """Several models exposed by their normalisation layers, where these learn, or one exposed by all weights."""
     if several and normalisation_learns(case.suspect):
-        return list(case.unlearn_parts(case.suspect))
+        return list(case.unlearn_parts(case.suspect, SEVERAL))
     return [case.unlearn(case.suspect)]
 
 

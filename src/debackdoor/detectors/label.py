@@ -19,8 +19,11 @@ from debackdoor.data import split_clean
 from debackdoor.rnp.unlearn import Unlearned, UnlearnSettings, unlearn
 from debackdoor.types import CleanSet, Progress
 
-RUNS, LEFT_OUT = 4, 0.4
-"""Unlearnings, and the share of the images that each of them leaves out."""
+RUNS, LEFT_OUT = 12, 0.4
+"""Unlearnings, and the share of the images that each of them leaves out.
+
+Without a backdoor a label can be the favourite of two unlearnings out of three; few are not enough to tell.
+"""
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,20 @@ def unlearn_parts(
         yield unlearn(model, part, settings, seed=seed + run, precision=precision, progress=progress)
 
 
-def repeated_shares(histories: Iterable[Sequence[Mapping[str, Any]]]) -> list[float]:
-    """For every label the share of the answers that it reaches in each of several unlearnings; K fractions."""
-    peaks = [[peak_share(history, label) for label in range(len(history[0]["label_shares"]))] for history in histories]
-    return [min(shares) for shares in zip(*peaks, strict=True)]
+def repeated_shares(histories: Iterable[Sequence[Mapping[str, Any]]], least: float = 0.0) -> list[float]:
+    """For every label the share of the answers that it reaches in each of several unlearnings; K fractions.
+
+    Args:
+        histories: one an unlearning, each only asked for when it is needed.
+        least: no more are asked for when every label has been below this once.
+    """
+    smallest: list[float] = []
+    for history in histories:
+        peaks = [peak_share(history, label) for label in range(len(history[0]["label_shares"]))]
+        smallest = [min(pair) for pair in zip(smallest or peaks, peaks, strict=True)]
+        if max(smallest) < least:
+            break
+    return smallest
 
 
 def most_repeated(shares: Sequence[float]) -> PileUp:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 
 def normalisation_in_train_mode(model: nn.Module) -> None:
@@ -15,12 +15,12 @@ def normalisation_in_train_mode(model: nn.Module) -> None:
 
 
 def normalisation_learns(model: nn.Module) -> bool:
-    """Whether the model has normalisation layers that use batch statistics in train mode, and scales to learn."""
-    return any(isinstance(module, _NormBase) and module.affine for module in model.modules())
+    """Whether the model has batch normalisation, with scales and shifts to learn."""
+    return any(isinstance(module, _BatchNorm) and module.affine for module in model.modules())
 
 
 def require_norm_gradients(model: nn.Module) -> None:
-    """Gradients for the scales and shifts of normalisation layers that use batch statistics."""
+    """Gradients for the scales and shifts of batch normalisation."""
     for module in model.modules():
-        if isinstance(module, _NormBase):
+        if isinstance(module, _BatchNorm):
             module.requires_grad_(True)
