@@ -250,3 +250,18 @@ def test_a_full_disk_is_one_sentence(shell: Shell, stand_in: StandIn, monkeypatc
     assert "the check says this" in warning  # a later error hides no finding
     assert "No space left on device" in sentence
     assert not (shell.folder / "out.safetensors").exists()
+
+
+def test_html_shows_the_steps_and_takes_no_ones_place(shell: Shell, stand_in: StandIn) -> None:
+    page = shell.folder / "page.html"
+    out = shell.folder / "out.safetensors"
+    ran = shell(*repair_of(shell, "--out", out, "--html", page))
+    assert ran.code == 0
+    text = page.read_text()
+    assert "one channel is enough" in text
+    assert "debackdoor repair" in text
+    assert f"--html {page}" in text
+    stand_in.given = {}
+    again = shell(*repair_of(shell, "--out", shell.folder / "b.safetensors", "--html", shell.checkpoint()))
+    assert (again.code, stand_in.given) == (2, {})
+    assert "expected a file of its own to write" in again.err

@@ -17,8 +17,7 @@ from channel_cases import assert_as_found, snapshot
 from conftest import DigitsVictim
 from debackdoor.case import Case, open_case
 from debackdoor.defenses.rnp import RNP
-from debackdoor.detect import METHODS, expose_several
-from debackdoor.detectors.label import RUNS
+from debackdoor.detect import METHODS, SEVERAL, expose_several
 from debackdoor.detectors.sample_base import SampleDetector
 from debackdoor.detectors.samples import ExposedMargin, smallest
 from debackdoor.errors import ChanceError, DataError, DebackdoorError, ModelError, TooFewError
@@ -151,7 +150,7 @@ def test_the_smallest_score_of_several_models_counts() -> None:
 @pytest.mark.parametrize(
     ("norm", "several", "count"),
     [
-        (nn.BatchNorm1d(5), True, RUNS),
+        (nn.BatchNorm1d(5), True, SEVERAL),
         (nn.BatchNorm1d(5), False, 1),
         (nn.BatchNorm1d(5, affine=False), True, 1),
         (nn.Identity(), True, 1),
@@ -177,8 +176,8 @@ def test_it_is_conclusive_where_every_unlearning_got_there(
 ) -> None:
     real = Case.unlearn_parts
 
-    def some(case: Case, model: nn.Module) -> Iterator[Unlearned]:
-        for run, found in enumerate(real(case, model)):
+    def some(case: Case, model: nn.Module, runs: int) -> Iterator[Unlearned]:
+        for run, found in enumerate(real(case, model, runs)):
             yield replace(found, reason="stuck" if run == stuck else "forgotten")
 
     monkeypatch.setattr(Case, "unlearn_parts", some)

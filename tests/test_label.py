@@ -1,5 +1,7 @@
 """What the history of an unlearning says about labels."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from debackdoor.detectors.label import (
@@ -46,3 +48,17 @@ def test_what_repeats_is_the_smallest_of_a_labels_largest_shares() -> None:
     assert repeated_shares(iter(histories[:1])) == [0.5, 0.7, 0.3]
     assert most_repeated([0.5, 0.2, 0.3]) == PileUp(0, 0.5)
     assert most_repeated([0.2, 0.4, 0.4]) == PileUp(1, 0.4)
+
+
+def test_no_more_unlearnings_are_asked_for_than_it_takes_to_find_no_label() -> None:
+    asked = []
+
+    def histories() -> Iterator[list[dict[str, list[float]]]]:
+        for run, shares in enumerate(([0.9, 0.1], [0.6, 0.5], [0.3, 0.8], [0.9, 0.9])):
+            asked.append(run)
+            yield [{"label_shares": shares}]
+
+    assert repeated_shares(histories(), least=0.4) == [0.3, 0.1]
+    assert asked == [0, 1, 2]
+    assert repeated_shares(histories(), least=0.3) == [0.3, 0.1]
+    assert asked[3:] == [0, 1, 2, 3]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_file
+from debackdoor.cli.output import Output, check_file, files_among
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
 from debackdoor.cli.words import numbers_in_words
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def repair(
+    context: typer.Context,
     checkpoint: options.Checkpoint,
     arch: options.Arch,
     clean: options.CleanData,
@@ -25,6 +27,7 @@ def repair(
         float, typer.Option(min=0, max=1, help="How far accuracy on clean images may fall, a fraction.")
     ] = 0.02,
     json_to: options.JsonTo = None,
+    html: options.HtmlTo = None,
     overwrite: options.Overwrite = False,
     num_classes: options.NumClasses = None,
     mean: options.Mean = None,
@@ -45,7 +48,10 @@ def repair(
     """
     output = Output(quiet, json_to)
     check_file(out, [checkpoint], overwrite)
-    output.check_json([checkpoint, out])
+    taken = [checkpoint, out, *files_among(clean)]
+    if html is not None:
+        check_file(html, taken, overwrite=True, protect=True)
+    output.check_json([*taken, *([] if html is None else [html])])
 
     from debackdoor.checkpoint import write_checkpoint
     from debackdoor.data import load_clean
@@ -55,6 +61,10 @@ def repair(
     from debackdoor.runtime import resolve_device
 
     resolve_device(device)
+    if html is not None:
+        from debackdoor.report.page import check_libraries
+
+        check_libraries()
     with output.stages() as stages:
         stages.begin("load")
         loaded = open_model(checkpoint, arch, num_classes, mean, std)
@@ -70,7 +80,14 @@ def repair(
         _describe(output, result, len(images))
     output.say(f"wrote {out}" + ("" if result.changed else f", a copy with the same tensors as {checkpoint}"))
     head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
-    output.write_json(repair_record(head, result, clean_images=len(images), budget=budget))
+    record = repair_record(head, result, clean_images=len(images), budget=budget)
+    output.write_json(record)
+    if html is not None:
+        from debackdoor.report.page import write_page
+        from debackdoor.report.pictures import Pictures
+
+        pictures, rows = Pictures(clean=images), result.history.get("unlearn", ())
+        write_page(html, record, pictures=pictures, unlearning=rows, command=shlex.join(context.obj))
     return _status(result)
 
 

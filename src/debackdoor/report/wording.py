@@ -82,7 +82,8 @@ _KINDS = {
 
 PILE_UP = (
     "While the model is made to forget its task, a backdoor stays. Answers on clean images then gather on its "
-    "label. This tells something of networks with batch normalisation alone."
+    "label, whatever part of them is forgotten: the smallest share of several runs counts. This tells something of "
+    "networks with batch normalisation alone."
 )
 
 MARGIN = (
