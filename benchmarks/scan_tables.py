@@ -154,6 +154,6 @@ def calibration(records: Sequence[Record]) -> str:
 
 def threshold(records: Sequence[Record]) -> float:
     """Halfway between the highest clean score and the lowest backdoored one above it."""
-    highest = max(record["score"] for record in records if backdoor_free(record))
+    highest = max((record["score"] for record in records if backdoor_free(record)), default=0.0)
     beyond = [record["score"] for record in records if not backdoor_free(record) and record["score"] > highest]
     return float((highest + min(beyond, default=highest)) / 2)

@@ -62,7 +62,7 @@ _RULES = {
         "error",
         "9.0",
         "The model hides a backdoor.",
-        "Several independent signs, or a very strong one, say that images with a trigger get a label of somebody's "
+        "At least one sign of a backdoor is beyond its threshold."
         "choice.",
         "Do not deploy the model. Repair it with 'debackdoor repair', or get it anew from a trusted source.",
     ),
