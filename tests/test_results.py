@@ -24,6 +24,23 @@ def test_the_docs_show_what_the_records_say(benchmark: ModuleType) -> None:
     assert f"<!-- repair-summary -->\n{summary}\n<!-- /repair-summary -->" in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("module", "kind", "marker", "function"),
+    [
+        ("scan_tables", "scan", "scan", "render"),
+        ("scan_tables", "scan", "scan-calibration", "calibration"),
+        ("sample_zoo", "samples", "samples", "render"),
+    ],
+)
+def test_the_other_tables_follow_from_their_records(
+    module: str, kind: str, marker: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    paths = sorted((ROOT / "benchmarks" / "results" / kind).glob("*.json"))
+    table = getattr(importlib.import_module(module), function)([json.loads(path.read_text()) for path in paths])
+    assert f"<!-- {marker} -->\n{table}\n<!-- /{marker} -->" in (ROOT / "docs" / "results.md").read_text()
+
+
 def test_der_of_every_record_follows_from_its_rates() -> None:
     """(removed success - lost accuracy + 1) / 2, nothing below zero."""
     for path in RECORDS.glob("*.json"):

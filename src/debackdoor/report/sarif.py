@@ -62,7 +62,7 @@ _RULES = {
         "error",
         "9.0",
         "The model hides a backdoor.",
-        "At least one sign of a backdoor is beyond its threshold."
+        "At least one sign of a backdoor is beyond its threshold: images with a trigger get a label of somebody's "
         "choice.",
         "Do not deploy the model. Repair it with 'debackdoor repair', or get it anew from a trusted source.",
     ),
