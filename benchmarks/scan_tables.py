@@ -116,10 +116,11 @@ def summary(records: Sequence[Record]) -> str:
 
 
 def _recovered(records: Sequence[Record]) -> list[str]:
-    """Success and overlap of the triggers that were recovered for patch attacks."""
-    lines = []
-    for which in ("scan", "neural-cleanse-original", "neural-cleanse-exposed"):
-        rows = [record["triggers"][which] for record in records if "iou" in record["triggers"].get(which, {})]
+    """Success and overlap of the triggers for the patch attacks that all ways recovered one for."""
+    ways, lines = ("scan", "neural-cleanse-original", "neural-cleanse-exposed"), []
+    shared = [row for row in records if all("iou" in row["triggers"].get(which, {}) for which in ways)]
+    for which in ways:
+        rows = [record["triggers"][which] for record in shared]
         if rows:
             lines.append(
                 f"Triggers of {len(rows)} patch attacks by {which}: success {_mean(rows, 'success_rate'):.1%}, IoU "

@@ -1,7 +1,7 @@
 """Scans the zoo's models, once a seed; writes a run record of each, tables, and how the threshold was calibrated.
 
     python benchmarks/scan_zoo.py run --out benchmarks/results/scan
-    python benchmarks/scan_zoo.py table benchmarks/results/scan --into docs/results.md
+    python benchmarks/scan_zoo.py table benchmarks/results/scan --into docs/results.md --summary-into README.md
     python benchmarks/scan_zoo.py calibrate benchmarks/results/scan --into docs/results.md
 
 A scan gets the model and the clean images alone. Neural Cleanse is run beside it on the suspect model, as published,
@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from repair_zoo import _commit, _replace
-from scan_tables import calibration, render
+from scan_tables import calibration, render, summary
 from torch import Tensor
 
 import debackdoor as db
@@ -161,9 +161,13 @@ def _put(text: str, into: Path | None, marker: str) -> None:
 def table(
     records: Annotated[Path, typer.Argument(help="folder of records")],
     into: Annotated[Path | None, typer.Option(help="page whose table between the markers is replaced")] = None,
+    summary_into: Annotated[Path | None, typer.Option(help="page that gets the summary alone")] = None,
 ) -> None:
     """A Markdown table: verdict, score and label of every model, Neural Cleanse beside it, and AUROCs."""
-    _put(render(_read(records)), into, records.name)
+    rows = _read(records)
+    _put(render(rows), into, records.name)
+    if summary_into is not None:
+        _put(summary(rows), summary_into, f"{records.name}-summary")
 
 
 @app.command()

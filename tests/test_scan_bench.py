@@ -46,6 +46,10 @@ def record(
 
 
 FOUND = {"scan": {"label": 3, "success_rate": 0.9, "l1": 4.0, "iou": 0.25, "shifted_iou": 0.5}}
+ALL_WAYS = {
+    way: {"label": 3, "success_rate": rate, "l1": 4.0, "iou": 0.25, "shifted_iou": 0.5}
+    for way, rate in (("scan", 1.0), ("neural-cleanse-original", 0.5), ("neural-cleanse-exposed", 0.25))
+}
 RECORDS = [
     record("badnets", "net-a", 2.0, "backdoored", 3, 3.0, triggers=FOUND),
     record("blend", "net-b", 0.5, "clean", 1, 0.25),
@@ -76,9 +80,18 @@ def test_the_summary_counts_verdicts_labels_and_triggers(tables: ModuleType) -> 
         "2 of 3 scans of backdoored models end with backdoored or suspicious; of 2 of clean ones 0 end with backdoored "
         "and 1 with suspicious. AUROC of the score 0.833. The first suspect is the true target in 1 of 3 scans of "
         "all-to-one models. "
-        "Neural Cleanse on the original model: AUROC 0.833, its most anomalous label is the target in 1 of 3. "
-        "Triggers of 1 patch attacks by scan: success 90.0%, IoU 0.25, after the best shift 0.50."
+        "Neural Cleanse on the original model: AUROC 0.833, its most anomalous label is the target in 1 of 3."
     )
+
+
+def test_triggers_are_compared_where_all_ways_recovered_one(tables: ModuleType) -> None:
+    more = record("cl", "net-a", 2.0, "backdoored", 3, 3.0, triggers=ALL_WAYS)
+    _, *sentences = tables.summary([*RECORDS, more]).split("Triggers of ")
+    assert sentences == [
+        "1 patch attacks by scan: success 100.0%, IoU 0.25, after the best shift 0.50. ",
+        "1 patch attacks by neural-cleanse-original: success 50.0%, IoU 0.25, after the best shift 0.50. ",
+        "1 patch attacks by neural-cleanse-exposed: success 25.0%, IoU 0.25, after the best shift 0.50.",
+    ]
 
 
 def test_a_row_has_all_scans_of_a_model(tables: ModuleType) -> None:
