@@ -48,7 +48,7 @@ def test_the_report_of_a_switch() -> None:
     assert numbers["trigger_pixels"] == report.trigger.l1 < 1
 
     shares = [row["label_shares"] for row in report.history["unlearn"]]
-    assert numbers["pile_up_share"] == max(share[2] for share in shares)
+    assert numbers["unlearning_share"] == max(share[2] for share in shares)
     whole = report.evidence
     assert whole["pile_up_counts"] == 0  # no batch normalisation
     assert whole["pile_up_share"] == max(map(max, shares))

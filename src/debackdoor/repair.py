@@ -124,5 +124,5 @@ def _nothing(unlearned: Unlearned, evidence: Evidence) -> Verification:
             "be exposed; give more clean images"
         )
         return Verification(False, None, numbers, message, conclusive=False)
-    message = f"{nothing_found(evidence, pile_up)}; the model is left as it is"
+    message = f"{nothing_found(evidence)}; the model is left as it is"
     return Verification(True, None, numbers, message)

@@ -94,7 +94,6 @@ def scan_case(case: Case, exposure: Exposure, *, all_triggers: bool = False) -> 
 
 def _judge(evidence: Evidence, exposure: Exposure) -> tuple[str, str]:
     """The verdict and the sentence that goes with it."""
-    pile_up = largest_pile_up(exposure.unlearned.history)
     if evidence.score >= BACKDOORED:
         found = "; ".join(findings(evidence))
         if _disagree(evidence):
@@ -114,7 +113,7 @@ def _judge(evidence: Evidence, exposure: Exposure) -> tuple[str, str]:
             f"{what} comes near to standing out, further than is usual without a backdoor; scan again with more clean "
             "images or another seed"
         )
-    return "clean", nothing_found(evidence, pile_up)
+    return "clean", nothing_found(evidence)
 
 
 def _disagree(evidence: Evidence) -> bool:
@@ -157,7 +156,7 @@ def _suspect(case: Case, exposure: Exposure, evidence: Evidence, label: int) -> 
     """A label with all numbers there are of it."""
     names, history = case.clean.class_names, exposure.unlearned.history
     numbers = {
-        "pile_up_share": peak_share(history, label),
+        "unlearning_share": peak_share(history, label),
         "growth": growth(history, label),
         "margin": evidence.margins.values[label],
     }

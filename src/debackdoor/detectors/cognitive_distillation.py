@@ -14,9 +14,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile, eval_mode
+from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile
 from debackdoor.errors import DebackdoorError, check_positive
-from debackdoor.models.forward import logits_of, predict
+from debackdoor.models.forward import eval_mode, logits_of, predict
 from debackdoor.runtime import autocast, generator
 from debackdoor.types import CleanSet, Progress
 

@@ -21,8 +21,8 @@ from debackdoor.types import CleanSet, Progress
 RARE, FAIRLY_RARE = 1e-9, 0.05
 """A largest margin that is no more probable than this without a backdoor counts, alone or with a faint pile-up.
 
-The probability is read off a distribution that a handful of labels gave; a small network of digits without a backdoor
-comes to 6e-8.
+The probability is read off a distribution that a handful of labels gave, and small networks without a backdoor can
+come far below 0.001.
 """
 
 PILED_UP, FAINT = 0.34, 0.25

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile, eval_mode
+from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile
 from debackdoor.errors import check_positive
-from debackdoor.models.forward import predict
+from debackdoor.models.forward import eval_mode, predict
 from debackdoor.types import CleanSet, Progress
 
 

@@ -14,8 +14,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile, eval_mode
-from debackdoor.models.forward import margins_of, predict
+from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile
+from debackdoor.models.forward import eval_mode, margins_of, predict
 from debackdoor.types import CleanSet, Progress
 
 

@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile, eval_mode
+from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile
 from debackdoor.errors import DataError, check_positive
-from debackdoor.models.forward import predict
+from debackdoor.models.forward import eval_mode, predict
 from debackdoor.runtime import generator
 from debackdoor.types import CleanSet, Progress
 

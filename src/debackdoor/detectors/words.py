@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from debackdoor.detectors.evidence import Evidence
-from debackdoor.detectors.label import PileUp
 
 REASONS = {
     "pile-up": "the answers that gather on it while the clean task is forgotten",
@@ -25,12 +24,17 @@ def findings(evidence: Evidence) -> list[str]:
     return found
 
 
-def nothing_found(evidence: Evidence, pile_up: PileUp) -> str:
+def nothing_found(evidence: Evidence) -> str:
     """The clause for a model in which no sign reaches its threshold."""
+    gathered = ""
+    if evidence.pile_up is not None:
+        gathered = (
+            f"no more than {evidence.pile_up.share:.0%} of the answers gather on one label whatever part of the clean "
+            "task is forgotten, "
+        )
     return (
-        f"nothing is exposed: {pile_up.share:.0%} of the answers gather on label {pile_up.label} while the clean task "
-        f"is forgotten, the largest margin is {evidence.margins.ratio:.1f} times the others', and no small patch, "
-        "pattern or warp leads far more often to one label than to others"
+        f"nothing is exposed: {gathered}the largest margin is {evidence.margins.ratio:.1f} times the others', and no "
+        "small patch, pattern or warp leads far more often to one label than to others"
     )
 
 

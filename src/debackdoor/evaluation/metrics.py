@@ -6,8 +6,7 @@ Definitions as in Zhu et al., "Enhancing Fine-Tuning Based Backdoor Defense with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from debackdoor.attacks import Attack
 from debackdoor.attacks.base import ALL_TO_ONE
 from debackdoor.errors import DataError
-from debackdoor.models.forward import predict
+from debackdoor.models.forward import eval_mode, predict
 from debackdoor.types import CleanSet, Progress
 
 SCHEMA = "debackdoor/evaluate/1"
@@ -142,21 +141,9 @@ def _answers(
     """The labels (N,) that the model gives, on the CPU; the trigger is put on batch by batch, to save memory."""
     place = next((item.device for item in model.parameters()), x.device)
     parts = []
-    with _eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode():
         for part in x.split(_BATCH):
             parts.append(predict(model, trigger(part.to(place)), precision=precision).argmax(1).cpu())
             if count is not None:
                 count.add(len(part))
     return torch.cat(parts)
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; afterwards every module is in the mode it was in, also after an error."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +45,18 @@ def predict(model: Callable[[Tensor], Any], x: Tensor, *, batch_size: int = 500,
     """
     with autocast(x.device, precision):
         return torch.cat([logits_of(model(batch)).float() for batch in x.split(batch_size)])
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards every module is in the mode it was in, also after an error."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def margins_of(logits: Tensor, label: Tensor | int) -> Tensor:
