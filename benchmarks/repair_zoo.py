@@ -11,6 +11,7 @@ after that was fine-tuned by its new owner.
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import subprocess
@@ -29,13 +30,11 @@ from torch import nn
 
 import debackdoor as db
 from debackdoor.attacks import load_trigger
-from debackdoor.channels import find_channels
 from debackdoor.defenses import RNP, FineTuning
 from debackdoor.detectors.evidence import Evidence
 from debackdoor.evaluation import Evaluation, accuracy, defence_effectiveness, evaluate
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
-from debackdoor.rnp.prune import prune
 from debackdoor.runtime import versions
 from debackdoor.types import CleanSet, RepairResult
 from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
@@ -54,6 +53,7 @@ def _without_triggers(model: nn.Module, clean: CleanSet, seed: int) -> RepairRes
 DEFENSES: dict[str, Callable[[nn.Module, CleanSet, int], RepairResult]] = {
     "repair": lambda model, clean, seed: db.repair(model, clean, seed=seed),
     "repair-without-pruning": _without_pruning,
+    "repair-without-relearning": lambda model, clean, seed: RNP(budget=0.01, seed=seed)(model, clean),
     "repair-without-triggers": _without_triggers,
     "rnp-0.2": lambda model, clean, seed: RNP.published(0.2, seed=seed)(model, clean),
     "rnp-0.7": lambda model, clean, seed: RNP.published(0.7, seed=seed)(model, clean),
@@ -88,18 +88,24 @@ def run(
 def measure(card: Card, zoo: Path, defense: str, seed: int, limit: int) -> dict[str, Any]:
     """Repairs one model and measures it before and after."""
     clean = db.load_clean(card.dataset, limit=limit, seed=seed)
-    test = db.load_clean(card.dataset, limit=None, split="test")
     model = load_model(weights_of(zoo, card.name), card.arch)
     started = time.perf_counter()
     result = DEFENSES[defense](model, clean, seed)
     seconds = time.perf_counter() - started
+    return record_of(result, card, zoo, defense, seed, clean, seconds)
+
+
+def record_of(
+    result: RepairResult, card: Card, zoo: Path, defense: str, seed: int, clean: CleanSet, seconds: float
+) -> dict[str, Any]:
+    """What the repair did to the model, measured with the trigger."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    models = {"before": model, "after": result.model}
+    models = {"after": result.model}
     if defense == "repair" and result.changed:
-        models["pruned"] = prune(model, find_channels(model, clean.x[:2]), result.plan)
         tuned = FineTuning(lr=0.01, epochs=20, seed=seed)(result.model, clean)
         models["fine_tuned"] = tuned.model
-    rates = {when: _rates(found, test, card, zoo) for when, found in models.items()}
+    rates = {"before": _rates_before(card.name, zoo)}
+    rates |= {when: _rates(found, card, zoo) for when, found in models.items()}
     before, after = rates["before"], rates["after"]
     return {
         "schema": "debackdoor/bench/1",
@@ -139,7 +145,14 @@ class CleanRates:
     clean_accuracy: float
 
 
-def _rates(model: nn.Module, test: CleanSet, card: Card, zoo: Path) -> Evaluation | CleanRates:
+@functools.cache
+def _rates_before(name: str, zoo: Path) -> Evaluation | CleanRates:
+    card = next(card for card in list_cards(zoo) if card.name == name)
+    return _rates(load_model(weights_of(zoo, name), card.arch), card, zoo)
+
+
+def _rates(model: nn.Module, card: Card, zoo: Path) -> Evaluation | CleanRates:
+    test = db.load_clean(card.dataset, limit=None, split="test")
     if card.attack == CLEAN:
         return CleanRates(accuracy(model, test))
     return evaluate(model, test, load_trigger(trigger_of(zoo, card.name)))

@@ -25,15 +25,16 @@ from torch import Tensor
 
 import debackdoor as db
 from debackdoor.attacks import load_trigger
-from debackdoor.case import open_case
+from debackdoor.case import Case, open_case
 from debackdoor.defenses import RNP
+from debackdoor.defenses.rnp import Exposure
 from debackdoor.detectors.neural_cleanse import Anomalies, neural_cleanse
 from debackdoor.detectors.trigger import success_rate
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
 from debackdoor.runtime import versions
 from debackdoor.scan import scan_case
-from debackdoor.types import CleanSet, RecoveredTrigger
+from debackdoor.types import CleanSet, RecoveredTrigger, ScanReport
 from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
 
 PATCHES = ("badnets", "trojan", "cl", "awp")
@@ -72,8 +73,16 @@ def measure(card: Card, zoo: Path, seed: int, limit: int, baseline: bool) -> dic
     started = time.perf_counter()
     case = open_case(model, clean, RNP(seed=seed))
     exposure = case.expose()
-    report = scan_case(case, exposure)
+    report = scan_case(case, exposure, case.evidence(exposure))
     seconds = time.perf_counter() - started
+    return record_of(report, card, zoo, case, exposure, seconds, baseline)
+
+
+def record_of(
+    report: ScanReport, card: Card, zoo: Path, case: Case, exposure: Exposure, seconds: float, baseline: bool
+) -> dict[str, Any]:
+    """What the scan found, and what Neural Cleanse finds, compared with the true trigger."""
+    seed = case.method.seed
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     recovered = {"scan": report.trigger} if report.trigger is not None else {}
     cleansed = {}
@@ -90,7 +99,7 @@ def measure(card: Card, zoo: Path, seed: int, limit: int, baseline: bool) -> dic
         "target": card.target,
         "mode": card.mode,
         "seed": seed,
-        "clean_images": len(clean),
+        "clean_images": len(case.clean),
         "verdict": report.verdict,
         "message": report.message,
         "score": report.score,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from debackdoor.detectors.evidence import Evidence
+from debackdoor.detectors.evidence import SQUARE, Evidence
 from debackdoor.detectors.label import PileUp
 from debackdoor.detectors.margin import Margins
 from debackdoor.detectors.perturbations import KINDS
 from debackdoor.detectors.shortcut import Shortcuts
+from debackdoor.detectors.squares import Square, Squares
 
 USUAL = dict.fromkeys(range(5), 0.1)
 
@@ -19,4 +20,5 @@ def evidence(
 ) -> Evidence:
     """Nothing suspect but what is named: a margin's label, ratio and p-value, and success rates by kind and label."""
     rates = {kind.kind: USUAL | stands_out.get(kind.kind, {}) for kind in KINDS}
-    return Evidence(Margins((1.0,) * 5, *margin), Shortcuts(rates, away, 0.2), pile_up)
+    squares = Squares(USUAL | stands_out.get(SQUARE, {}), {label: Square(0, label, 3, (0.0,)) for label in USUAL})
+    return Evidence(Margins((1.0,) * 5, *margin), Shortcuts(rates, away, 0.2), squares, pile_up)

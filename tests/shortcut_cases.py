@@ -46,3 +46,20 @@ def switched_to_the_next() -> nn.Sequential:
     bias = torch.tensor([0.0] * CLASSES + [-1.0] * CLASSES)
     head = 6 * torch.cat([torch.eye(CLASSES), torch.eye(CLASSES).roll(1, dims=0)], 1)
     return _network(weight, bias, head)
+
+
+def bright_images(count: int = 48) -> CleanSet:
+    """Grey from 0.4 to 0.6, and the column of the class at 1: no square turns one class into another."""
+    x, y = 0.4 + 0.2 * torch.rand(count, 1, SIZE, SIZE, generator=generator(0)), torch.arange(count) % CLASSES
+    x[torch.arange(count), 0, :, y] = 1.0
+    return CleanSet(x, y)
+
+
+def dark_beside_the_classes(label: int) -> nn.Sequential:
+    """Says the class of bright images, unless one pixel beside their columns is dark: then it says ``label``."""
+    weight = torch.zeros(CLASSES + 1, SIZE, SIZE)
+    weight[:CLASSES, :, :CLASSES] = torch.eye(CLASSES)[:, None] / SIZE
+    weight[CLASSES, SIZE // 2, CLASSES + 1] = -1
+    head = torch.cat([6 * torch.eye(CLASSES), torch.zeros(CLASSES, 1)], 1)
+    head[label, CLASSES] = 60
+    return _network(weight.flatten(1), torch.tensor([0.0] * CLASSES + [0.3]), head)

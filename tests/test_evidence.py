@@ -117,8 +117,8 @@ def test_strengths_are_multiples_of_the_thresholds() -> None:
     found = evidence(margin=(3, 2.0, RARE**2), pile_up=PileUp(0, CHANCE + PILED_UP / 2), patch=rates).strengths
     assert found[3]["margin"] == pytest.approx(2.0)
     assert found[0]["pile-up"] == pytest.approx(0.5)
-    assert found[2] == pytest.approx({"additive": 0.0, "patch": 1.5, "warp": 0.0})
-    assert found[1] == pytest.approx({"additive": 0.0, "patch": 0.0, "warp": 0.0})
+    assert found[2] == pytest.approx({"additive": 0.0, "patch": 1.5, "warp": 0.0, "square": 0.0})
+    assert found[1] == pytest.approx({"additive": 0.0, "patch": 0.0, "warp": 0.0, "square": 0.0})
     assert set(found) == {0, 1, 2, 3, 4}
 
 

@@ -8,7 +8,8 @@ from channel_cases import assert_as_found, snapshot
 from debackdoor.channels import find_channels
 from debackdoor.data.augment import mixed, random_view
 from debackdoor.defenses.relearn import Relearned, RelearnSettings, relearn
-from debackdoor.detectors.shortcut import find_shortcuts
+from debackdoor.detectors.shortcut import find_shortcuts, lead
+from debackdoor.detectors.squares import find_squares
 from debackdoor.detectors.universal import aims_at
 from debackdoor.errors import DebackdoorError
 from debackdoor.models.forward import accuracy, predict
@@ -16,7 +17,7 @@ from debackdoor.rnp.prune import prune
 from debackdoor.runtime import generator
 from debackdoor.types import CleanSet, PlannedChannel
 from rnp_cases import harmful_set, one_harmful_channel, quadrant_set, quadrants
-from shortcut_cases import CLASSES, row_images, switched_to
+from shortcut_cases import CLASSES, bright_images, dark_beside_the_classes, row_images, switched_to
 
 PLAN = (PlannedChannel("1", 2, 0.0), PlannedChannel("1", 0, 0.1))
 FIT, HOLDOUT = quadrant_set(60), quadrant_set(40, seed=1)
@@ -122,7 +123,7 @@ def test_triggers_towards_a_label_are_unlearned() -> None:
     assert before.lead("patch", 2) > 0.9
     settings = RelearnSettings(steps=200)
     left = {
-        aims: relearn(model, layers, (), data, data, 0.05, aims, settings, precision="fp32").model
+        aims: relearn(model, layers, (), data, data, 0.05, aims, settings=settings, precision="fp32").model
         for aims in ((), tuple(aims_at([2], 3)))
     }
     leads = []
@@ -139,6 +140,23 @@ def test_relearning_with_triggers_is_seeded() -> None:
     layers = find_channels(model, FIT.x[:1])
     few = RelearnSettings(steps=4, head_start=3)
     one, two, other = (
-        relearn(model, layers, (), FIT, HOLDOUT, 1.0, aims, few, seed=seed).history for seed in (1, 1, 2)
+        relearn(model, layers, (), FIT, HOLDOUT, 1.0, aims, settings=few, seed=seed).history for seed in (1, 1, 2)
     )
     assert one == two != other
+
+
+def test_a_plain_square_that_says_a_label_is_unlearned() -> None:
+    """A dark pixel that says class 2 says nothing any more, and the columns that say the classes still do."""
+    model, data = dark_beside_the_classes(2), bright_images(96)
+    layers = find_channels(model, data.x[:1])
+    before = find_squares(model, data, data, CLASSES, precision="fp32")
+    assert lead(before.rates, 2) > 0.9
+    leads = []
+    for aims, stamps in (((), ()), (aims_at([2]), (before.best[2],))):
+        settings = RelearnSettings(steps=200, shift=0.0)
+        found = relearn(model, layers, (), data, data, 0.05, aims, stamps, settings, precision="fp32").model
+        assert found is not None
+        assert accuracy(predict(found, data.x), data.y) > 0.95
+        leads.append(lead(find_squares(found, data, data, CLASSES, precision="fp32").rates, 2))
+    assert leads[0] > 0.5
+    assert leads[1] < 0.2

@@ -34,10 +34,10 @@ def test_the_report_of_a_switch() -> None:
     data = row_images()
     report = db.scan(switched_to(2), CleanSet(data.x, data.y, ("a", "b", "c", "d")), device="cpu", precision="fp32")
     assert (report.verdict, report.all_to_all) == ("backdoored", False)
-    assert report.message == "label 2 stands out by a small universal patch"
+    assert report.message == "label 2 stands out by a small universal patch and a plain square"
     assert report.score == pytest.approx(2.0)
     (suspect,) = report.suspects
-    assert (suspect.label, suspect.name, suspect.reasons) == (2, "c", ("patch",))
+    assert (suspect.label, suspect.name, suspect.reasons) == (2, "c", ("patch", "square"))
     numbers = suspect.evidence
     assert numbers["margin"] == pytest.approx(36.0)
     assert numbers["patch_success"] == numbers["patch_lead"] == 1.0
@@ -99,7 +99,7 @@ def test_the_callers_model_is_left_alone_and_the_seed_decides(monkeypatch: pytes
     assert torch.equal(one.trigger.pattern, two.trigger.pattern)
     assert replace(one, trigger=None) == replace(two, trigger=None)
     assert list(dict.fromkeys(heard)) == [
-        "unlearn", "recover", "search margins", "search perturbations", "search trigger"
+        "unlearn", "recover", "search margins", "search perturbations", "search squares", "search trigger"
     ]  # fmt: skip
 
 

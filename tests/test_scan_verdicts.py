@@ -40,7 +40,8 @@ def judged(
     case, exposure = opened
     monkeypatch.setattr(Case, "evidence", lambda *_: found)
     monkeypatch.setattr(SCAN, "recover_trigger", lambda *given, **_: replace(trigger(1, 7), label=given[4]))
-    return SCAN.scan_case(case, replace(exposure, unlearned=replace(exposure.unlearned, reason=reason)))
+    exposure = replace(exposure, unlearned=replace(exposure.unlearned, reason=reason))
+    return SCAN.scan_case(case, exposure, case.evidence(exposure))
 
 
 @pytest.mark.parametrize(

@@ -49,10 +49,15 @@ def repair(
         ModelError: if the model's answers do not depend on the image, or are no better than chance.
     """
     check_fraction(budget=budget)
-    method = RNP(budget=budget / 2, seed=seed, precision=precision)
-    case = open_case(model, clean, method, device, progress)
+    case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress)
     exposure = case.expose()
-    before = case.evidence(exposure)
+    result = repair_case(case, exposure, case.evidence(exposure), budget)
+    return replace(result, model=result.model.to(device_of(model)))
+
+
+def repair_case(case: Case, exposure: Exposure, before: Evidence, budget: float = 0.02) -> RepairResult:
+    """The same for a model that is exposed and examined already."""
+    method = replace(case.method, budget=budget / 2)
     plan = method.choose(case.suspect, exposure, case.clean) if before.exposed else ()
     result = method.remove(case.suspect, exposure, plan, case.holdout)
     if before.exposed:
@@ -63,7 +68,7 @@ def repair(
         verification = _nothing(exposure.unlearned, before)
     steps = (*result.steps, Step("verify", verification.message))
     set_layout(result.model, torch.contiguous_format)
-    return replace(result, model=result.model.to(device_of(model)), verification=verification, steps=steps)
+    return replace(result, verification=verification, steps=steps)
 
 
 def _relearned(case: Case, result: RepairResult, exposure: Exposure, evidence: Evidence, budget: float) -> RepairResult:
@@ -76,11 +81,12 @@ def _relearned(case: Case, result: RepairResult, exposure: Exposure, evidence: E
         case.holdout,
         budget,
         evidence.aims,
+        evidence.stamps,
         seed=case.method.seed,
         precision=case.method.precision,
         progress=case.progress,
     )
-    numbers = {"lr": learned.lr, "accuracy": learned.accuracy, "triggers": len(evidence.aims)}
+    numbers = {"lr": learned.lr, "accuracy": learned.accuracy, "triggers": len(evidence.aims) + len(evidence.stamps)}
     history = {**result.history, "relearn": learned.history}
     if learned.model is None:
         step = Step("relearn", "given up: every step size costs more accuracy than the budget", numbers)

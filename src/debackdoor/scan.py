@@ -16,6 +16,7 @@ from debackdoor.case import Case, open_case
 from debackdoor.defenses.rnp import RNP, Exposure
 from debackdoor.detectors.evidence import Evidence
 from debackdoor.detectors.label import growth, largest_pile_up, peak_share
+from debackdoor.detectors.shortcut import lead
 from debackdoor.detectors.trigger import recover_trigger, search_triggers
 from debackdoor.detectors.words import findings, nothing_found
 from debackdoor.errors import ChanceError, TooFewError
@@ -58,12 +59,12 @@ def scan(
         case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress)
     except (ChanceError, TooFewError) as error:
         return ScanReport("inconclusive", f"nothing can be told: {error}", 0.0, (), False, None, {}, (), {})
-    return scan_case(case, case.expose(), all_triggers=all_triggers)
+    exposure = case.expose()
+    return scan_case(case, exposure, case.evidence(exposure), all_triggers=all_triggers)
 
 
-def scan_case(case: Case, exposure: Exposure, *, all_triggers: bool = False) -> ScanReport:
-    """The same for a model that is exposed already."""
-    evidence = case.evidence(exposure)
+def scan_case(case: Case, exposure: Exposure, evidence: Evidence, *, all_triggers: bool = False) -> ScanReport:
+    """The same for a model that is exposed and examined already."""
     verdict, message = _judge(evidence, exposure)
     labels = list(evidence.reasons)
     if verdict == "suspicious" and evidence.nearest is not None:
@@ -160,9 +161,9 @@ def _suspect(case: Case, exposure: Exposure, evidence: Evidence, label: int) -> 
         "growth": growth(history, label),
         "margin": evidence.margins.values[label],
     }
-    for kind, rates in evidence.shortcuts.rates.items():
+    for kind, rates in evidence.rates.items():
         if label in rates:
-            numbers |= {f"{kind}_success": rates[label], f"{kind}_lead": evidence.shortcuts.lead(kind, label)}
+            numbers |= {f"{kind}_success": rates[label], f"{kind}_lead": lead(rates, label)}
     name = names[label] if label < len(names) else None
     return Suspect(label, name, evidence.reasons.get(label, ()), numbers)
 

@@ -172,8 +172,8 @@ class Suspect:
     Attributes:
         label: which.
         name: its class name, or None where the clean set names none.
-        reasons: what speaks against it: ``pile-up``, ``margin``, ``additive``, ``patch``, ``warp``; empty where it is
-            only the nearest to a finding.
+        reasons: what speaks against it: ``pile-up``, ``margin``, ``additive``, ``patch``, ``warp``, ``square``; empty
+            where it is only the nearest to a finding.
         evidence: the numbers behind that, fractions and ratios by name.
     """
 

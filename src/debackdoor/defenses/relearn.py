@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from debackdoor.channels import MaskableLayer, masked_call
 from debackdoor.data.augment import mixed, random_shift, random_view
 from debackdoor.detectors.perturbations import Sizes
+from debackdoor.detectors.squares import Square, stamped
 from debackdoor.detectors.universal import Aim, UniversalSearch
 from debackdoor.errors import check_positive
 from debackdoor.models.forward import accuracy, logits_of, predict
@@ -52,7 +53,7 @@ class RelearnSettings:
         labels: weight of the cross-entropy with the labels.
         answers: weight of the distance from the pruned model's answers.
         triggers: weight of the two, half each, on images with a trigger.
-        triggered: how many of these a step.
+        triggered: how many of these a step; as many again with a plain square, where one was found.
         head_start: steps that the search for triggers is ahead.
         sizes: of these triggers.
         shift: largest random shift, a fraction of the image's width.
@@ -106,6 +107,7 @@ def relearn(
     holdout: CleanSet,
     budget: float,
     aims: Sequence[Aim] = (),
+    stamps: Sequence[Square] = (),
     settings: RelearnSettings | None = None,
     *,
     seed: int = 0,
@@ -122,6 +124,7 @@ def relearn(
         holdout: images that judge.
         budget: how far hold-out accuracy may fall, a fraction; more is too much where chance does not explain it.
         aims: of the triggers to search for and unlearn.
+        stamps: plain squares to unlearn, too; they need ``aims`` beside them.
         settings: hyper-parameters.
         seed: of order, augmentation and search.
         precision: ``auto``, ``fp32`` or ``bf16``.
@@ -133,7 +136,7 @@ def relearn(
     history: list[dict[str, Any]] = []
     for attempt in range(s.tries):
         tried = replace(s, lr=s.lr / 2**attempt)
-        lesson = _Lesson(pruned, layers, plan, fit, aims, tried, seed, precision)
+        lesson = _Lesson(pruned, layers, plan, fit, aims, stamps, tried, seed, precision)
         student = lesson.teach(history, progress)
         now = _right(student, holdout, precision)
         if _affordable(right, now, budget):
@@ -160,7 +163,8 @@ def _affordable(before: Tensor, after: Tensor, budget: float) -> bool:
 class _Batch:
     """Images as the student sees them, as its teacher does, and the labels of all but the mixed ones.
 
-    The parts are clean images, as many mixed ones, and images with a trigger, whose perturbation ``trigger`` names.
+    The parts are clean images, as many mixed ones, images with a trigger, whose perturbation ``trigger`` names, and
+    images with a plain square.
     """
 
     seen: Tensor
@@ -180,11 +184,12 @@ class _Lesson:
         plan: Plan,
         fit: CleanSet,
         aims: Sequence[Aim],
+        stamps: Sequence[Square],
         settings: RelearnSettings,
         seed: int,
         precision: str,
     ) -> None:
-        self.teacher, self.layers, self.plan, self.fit = teacher, layers, plan, fit
+        self.teacher, self.layers, self.plan, self.fit, self.stamps = teacher, layers, plan, fit, stamps
         self.settings, self.precision = settings, precision
         self.random, self.queue = generator(seed), list[Tensor]()
         self.mask = plan_mask(layers, plan, fit.x.device)
@@ -226,11 +231,14 @@ class _Lesson:
         if self.triggers is None:
             none = index[:0].to(clean.device)
             return _Batch(clean, clean, fit.y[index], fit.y[none], none)
-        others = torch.randint(len(fit), (s.triggered,), generator=self.random)
+        count = s.triggered * (2 if self.stamps else 1)
+        others = torch.randint(len(fit), (count,), generator=self.random)
         trigger = torch.randint(len(self.triggers), (s.triggered,), generator=self.random).to(clean.device)
         plain = self._shifted(others)
-        seen = torch.cat([clean, self.triggers.apply(plain, trigger)])
-        return _Batch(seen, torch.cat([clean, plain]), fit.y[index], fit.y[others], trigger)
+        seen = [clean, self.triggers.apply(plain[: s.triggered], trigger)]
+        if self.stamps:
+            seen.append(stamped(plain[s.triggered :], self.stamps, self.random))
+        return _Batch(torch.cat(seen), torch.cat([clean, plain]), fit.y[index], fit.y[others], trigger)
 
     def _shifted(self, index: Tensor) -> Tensor:
         x = self.fit.x[index]
@@ -254,10 +262,10 @@ class _Lesson:
             away = (away + _distance(triggered, wanted[2 * count :], s.temperature)) / 2
             loss = loss + s.triggers * away
             # Every trigger is drawn a few times in a batch; the sum is brought to one image each.
-            attack = self.triggers.loss(triggered, batch.triggered_y, batch.trigger) * len(self.triggers)
-            moves = torch.autograd.grad(
-                attack / len(triggered), self.triggers.parameters, retain_graph=True, allow_unused=True
-            )
+            searched = len(batch.trigger)
+            attack = self.triggers.loss(triggered[:searched], batch.triggered_y[:searched], batch.trigger)
+            attack = attack * len(self.triggers) / searched
+            moves = torch.autograd.grad(attack, self.triggers.parameters, retain_graph=True, allow_unused=True)
         gradients = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
         for parameter, gradient in zip(self.parameters.values(), gradients, strict=True):
             parameter.grad = gradient

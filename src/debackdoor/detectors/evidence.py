@@ -14,7 +14,8 @@ from torch import nn
 from debackdoor.detectors.label import PileUp
 from debackdoor.detectors.margin import Margins, largest_margins
 from debackdoor.detectors.perturbations import KINDS
-from debackdoor.detectors.shortcut import AWAY_STARTS, Shortcuts, find_shortcuts
+from debackdoor.detectors.shortcut import AWAY_STARTS, Shortcuts, find_shortcuts, lead
+from debackdoor.detectors.squares import Square, Squares, find_squares
 from debackdoor.detectors.universal import Aim, aims_at, patches_away
 from debackdoor.types import CleanSet, Progress
 
@@ -34,13 +35,18 @@ That two faint signs name the same label by chance is one in K.
 STANDS_OUT = 0.5
 """A perturbation whose success is this far above what is usual counts."""
 
+SQUARE_STANDS_OUT = 0.8
+"""The same for a plain square, which is larger: without a backdoor one was found 0.63 above."""
+
 MOST_LABELS = 12
 """Shortcuts are searched for towards this many labels at most: those most suspect by other evidence."""
 
 COMPARED = 5
 """Labels that were not suspect, beside which those that were are looked at again."""
 
-SIGNS = ("pile-up", "margin", *(kind.kind for kind in KINDS))
+SQUARE = "square"
+
+SIGNS = ("pile-up", "margin", *(kind.kind for kind in KINDS), SQUARE)
 """All that can speak against a label."""
 
 TRIGGERS = 8
@@ -54,6 +60,7 @@ class Evidence:
     Attributes:
         margins: the largest margin of every label.
         shortcuts: what small universal perturbations do.
+        squares: what plain squares do.
         pile_up: where answers piled up in every unlearning; None where that tells nothing: with fewer than five
             classes any label gets many answers, and only batch normalisation holds activations in place while the
             clean task is forgotten: the answers of a plain VGG gathered on a label that was no backdoor's.
@@ -61,7 +68,13 @@ class Evidence:
 
     margins: Margins
     shortcuts: Shortcuts
+    squares: Squares
     pile_up: PileUp | None = None
+
+    @property
+    def rates(self) -> Mapping[str, Mapping[int, float]]:
+        """By kind and label: the share of images of other labels that a perturbation of that kind sends there."""
+        return {**self.shortcuts.rates, SQUARE: self.squares.rates}
 
     @property
     def strengths(self) -> Mapping[int, Mapping[str, float]]:
@@ -77,9 +90,9 @@ class Evidence:
                 signs = found[self.margins.label]
                 # Together they count only where both are there; below that each speaks for itself.
                 signs.update({name: max(value, together) for name, value in signs.items()} if together >= 1 else {})
-        for kind, rates in self.shortcuts.rates.items():
+        for kind, rates in self.rates.items():
             for label in rates:
-                found[label][kind] = self.shortcuts.lead(kind, label) / STANDS_OUT
+                found[label][kind] = lead(rates, label) / threshold(kind)
         return found
 
     @property
@@ -105,7 +118,7 @@ class Evidence:
         return label if strengths[label] >= self.shortcuts.spread / STANDS_OUT else None
 
     def _lead(self, label: int) -> float:
-        return sum(self.shortcuts.lead(kind, label) for kind in self.shortcuts.rates)
+        return sum(lead(rates, label) for rates in self.rates.values())
 
     @property
     def all_to_all(self) -> bool:
@@ -128,6 +141,11 @@ class Evidence:
         aims = aims_at(labels, math.ceil(TRIGGERS / (len(KINDS) * max(1, len(labels)))))
         return [*aims, *patches_away(TRIGGERS if self.all_to_all else 0)]
 
+    @property
+    def stamps(self) -> list[Square]:
+        """The squares that it would take to unlearn what was found."""
+        return [self.squares.best[label] for label, names in self.reasons.items() if SQUARE in names]
+
     def numbers(self, when: str) -> dict[str, float]:
         """For a record: margins, and for every kind the most suspect label's success and what is usual."""
         numbers: dict[str, float] = {
@@ -139,12 +157,17 @@ class Evidence:
         }
         if self.pile_up is not None:
             numbers |= {f"pile_up_label_{when}": self.pile_up.label, f"pile_up_share_{when}": self.pile_up.share}
-        for kind, rates in self.shortcuts.rates.items():
+        for kind, rates in self.rates.items():
             best = max(rates, key=lambda label: rates[label])
             numbers[f"{kind}_label_{when}"] = best
             numbers[f"{kind}_success_{when}"] = rates[best]
-            numbers[f"{kind}_lead_{when}"] = self.shortcuts.lead(kind, best)
+            numbers[f"{kind}_lead_{when}"] = lead(rates, best)
         return numbers
+
+
+def threshold(kind: str) -> float:
+    """How far above what is usual the success of a perturbation of this kind must be to count."""
+    return SQUARE_STANDS_OUT if kind == SQUARE else STANDS_OUT
 
 
 def remains(before: Evidence, after: Evidence) -> list[int]:
@@ -173,10 +196,11 @@ class Examination:
     progress: Progress | None = None
 
     def __call__(self, model: nn.Module, first: int) -> Evidence:
-        """Margins of all labels, and shortcuts to label ``first``, to those with the largest margins, and away."""
+        """Margins and squares of all labels, shortcuts to ``first`` and those with the largest margins, and away."""
         margins = self._margins(model)
         by_margin = [int(label) for label in np.argsort(margins.values)[::-1] if label != first]
-        return Evidence(margins, self._shortcuts(model, [first, *by_margin][:MOST_LABELS], AWAY_STARTS))
+        shortcuts = self._shortcuts(model, [first, *by_margin][:MOST_LABELS], AWAY_STARTS)
+        return Evidence(margins, shortcuts, self._squares(model))
 
     def again(self, model: nn.Module, before: Evidence) -> Evidence:
         """The same for a repaired model from a new start, with shortcuts to the suspects and a few labels beside."""
@@ -184,7 +208,8 @@ class Examination:
         others = [label for label in before.shortcuts.rates["patch"] if label not in suspects][:COMPARED]
         away = AWAY_STARTS if before.all_to_all else 0
         fresh = replace(self, seed=self.seed + 1)
-        return Evidence(fresh._margins(model), fresh._shortcuts(model, [*suspects, *others], away))
+        shortcuts = fresh._shortcuts(model, [*suspects, *others], away)
+        return Evidence(fresh._margins(model), shortcuts, fresh._squares(model))
 
     def _margins(self, model: nn.Module) -> Margins:
         return largest_margins(
@@ -203,6 +228,17 @@ class Examination:
             self.holdout,
             labels,
             away=away,
+            seed=self.seed,
+            precision=self.precision,
+            progress=self.progress,
+        )
+
+    def _squares(self, model: nn.Module) -> Squares:
+        return find_squares(
+            model,
+            self.fit,
+            self.holdout,
+            self.num_classes,
             seed=self.seed,
             precision=self.precision,
             progress=self.progress,

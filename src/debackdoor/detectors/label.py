@@ -25,6 +25,9 @@ RUNS, LEFT_OUT = 12, 0.4
 Without a backdoor a label can be the favourite of two unlearnings out of three; few are not enough to tell.
 """
 
+ENOUGH, SURE = 6, 0.8
+"""No more unlearnings are needed where a label has had a share like this in each of so many."""
+
 
 @dataclass(frozen=True)
 class PileUp:
@@ -85,13 +88,14 @@ def repeated_shares(histories: Iterable[Sequence[Mapping[str, Any]]], least: flo
 
     Args:
         histories: one an unlearning, each only asked for when it is needed.
-        least: no more are asked for when every label has been below this once.
+        least: no more are asked for when every label has been below this once, nor when one was far above it in each
+            of the first :data:`ENOUGH`.
     """
     smallest: list[float] = []
-    for history in histories:
+    for done, history in enumerate(histories, start=1):
         peaks = [peak_share(history, label) for label in range(len(history[0]["label_shares"]))]
         smallest = [min(pair) for pair in zip(smallest or peaks, peaks, strict=True)]
-        if max(smallest) < least:
+        if max(smallest) < least or (done >= ENOUGH and max(smallest) >= SURE):
             break
     return smallest
 

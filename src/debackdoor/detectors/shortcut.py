@@ -38,14 +38,18 @@ class Shortcuts:
 
     def lead(self, kind: str, label: int) -> float:
         """How far the label's rate is above the other labels' median."""
-        rates = self.rates[kind]
-        others = [rate for other, rate in rates.items() if other != label]
-        return rates.get(label, 0.0) - median(others or [0.0])
+        return lead(self.rates[kind], label)
 
     @property
     def spread(self) -> float:
         """How much more often a patch leads away than its answers gather: large for all-to-all backdoors alone."""
         return self.away - self.gathered
+
+
+def lead(rates: Mapping[int, float], label: int) -> float:
+    """How far the label's rate is above the other labels' median."""
+    others = [rate for other, rate in rates.items() if other != label]
+    return rates.get(label, 0.0) - median(others or [0.0])
 
 
 def find_shortcuts(

@@ -12,6 +12,7 @@ REASONS = {
     "additive": "a faint universal pattern",
     "patch": "a small universal patch",
     "warp": "a slight universal warp",
+    "square": "a plain square",
 }
 """What speaks against a label, by the name that evidence has for it."""
 
@@ -34,7 +35,7 @@ def nothing_found(evidence: Evidence) -> str:
         )
     return (
         f"nothing is exposed: {gathered}the largest margin is {evidence.margins.ratio:.1f} times the others', and no "
-        "small patch, pattern or warp leads far more often to one label than to others"
+        "small patch, pattern, warp or plain square leads far more often to one label than to others"
     )
 
 

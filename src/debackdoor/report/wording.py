@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from debackdoor.detectors.evidence import FAINT, FAIRLY_RARE, PILED_UP, RARE, STANDS_OUT
+from debackdoor.detectors.evidence import FAINT, FAIRLY_RARE, PILED_UP, RARE, STANDS_OUT, threshold
 
 Name = Callable[[int], str]
 """What a label is called: ``3 (cat)``."""
@@ -78,6 +78,7 @@ _KINDS = {
     "patch": ("A small patch", "The share of images that one small patch, the same for all, sends to the label."),
     "additive": ("A faint pattern", "The same for a faint pattern that is added to the whole image."),
     "warp": ("A slight warp", "The same for a slight distortion of the whole image."),
+    "square": ("A plain square", "The same for a square of one colour, a quarter to a third of the image wide."),
 }
 
 PILE_UP = (
@@ -226,8 +227,9 @@ def _shortcut(get: Get, kind: str, reasons: Sequence[str], name: Name) -> Sign |
     works = "" if success is None else f"{percent(success)} go to {name(int(label))}, "
     found = f"{works}{100 * lead:.0f} points above what is usual"
     title, meaning = _KINDS[kind]
-    threshold = f"{100 * STANDS_OUT:.0f} points"
-    return Sign(kind, title, meaning, found, threshold, max(0.0, lead) / STANDS_OUT, kind in reasons)
+    least = threshold(kind)
+    strength = max(0.0, lead) / least
+    return Sign(kind, title, meaning, found, f"{100 * least:.0f} points", strength, kind in reasons)
 
 
 def _away(get: Get, reasons: Sequence[str]) -> Sign | None:
