@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from debackdoor.detectors.evidence import SQUARE, Evidence
 from debackdoor.detectors.label import PileUp
 from debackdoor.detectors.margin import Margins
@@ -20,5 +22,6 @@ def evidence(
 ) -> Evidence:
     """Nothing suspect but what is named: a margin's label, ratio and p-value, and success rates by kind and label."""
     rates = {kind.kind: USUAL | stands_out.get(kind.kind, {}) for kind in KINDS}
+    patterns = {label: torch.zeros(1, 7, 7) for label in USUAL}
     squares = Squares(USUAL | stands_out.get(SQUARE, {}), {label: Square(0, label, 3, (0.0,)) for label in USUAL})
-    return Evidence(Margins((1.0,) * 5, *margin), Shortcuts(rates, away, 0.2), squares, pile_up)
+    return Evidence(Margins((1.0,) * 5, *margin), Shortcuts(rates, away, 0.2, patterns), squares, pile_up)

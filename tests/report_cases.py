@@ -12,6 +12,7 @@ from debackdoor.report.records import repair_record, scan_record
 from debackdoor.types import (
     CleanSet,
     PlannedChannel,
+    RecoveredPattern,
     RecoveredTrigger,
     RepairResult,
     SampleScores,
@@ -85,6 +86,12 @@ def trigger(channels: int = 3, size: int = 32) -> RecoveredTrigger:
     return RecoveredTrigger(TARGET, mask, pattern, 0.988, float(mask.sum()))
 
 
+def pattern(channels: int = 3, size: int = 32) -> RecoveredPattern:
+    """Stripes of 0.02 up and down."""
+    stripes = 0.02 * (1 - 2 * (torch.arange(size) % 2.0))
+    return RecoveredPattern(TARGET, stripes.expand(channels, size, size).clone(), 0.81)
+
+
 def clean_set(channels: int = 3, size: int = 32, names: Sequence[str] = NAMES, count: int = 24) -> CleanSet:
     """Soft shapes, a different one for every class."""
     grid = torch.linspace(0, 1, size)
@@ -116,6 +123,7 @@ def report(verdict: str = "backdoored", classes: int = 10, **entries: Any) -> Sc
         "suspects": (Suspect(label, name, reasons, {"pile_up_share": 0.97, "margin_ratio": 4.3}),) if found else (),
         "all_to_all": False,
         "trigger": trigger() if found else None,
+        "pattern": pattern() if verdict == "backdoored" else None,
         "evidence": evidence(found, classes),
         "ranking": ranking(),
         "history": {"unlearn": history(classes, 0.97 if found else 0.31)},

@@ -203,6 +203,21 @@ def test_the_trigger_and_stamped_images_are_right(page: Any) -> None:
         assert np.abs(shown - 255 * wanted.numpy()).max() <= 0.51
 
 
+def test_a_faint_pattern_is_shown_loud_and_on_images_as_it_is(page: Any) -> None:
+    """Stripes of 0.02 up and down fill the range from black to white; on an image they are five grey levels."""
+    found = page(cases.scan(), pictures=replace(everything(), pattern=cases.pattern()))
+    assert "Held-out images it sends to 3 (cat) 81.0 % Strength (root mean square) 0.02" in found.words
+    loud, before, after = (pixels(image).astype(int) for image in found.all("img")[15:18])
+    assert (loud[:, ::2] == 255).all()
+    assert (loud[:, 1::2] == 0).all()
+    assert set(np.unique(np.abs(after - before))) <= {4, 5, 6}
+    assert found.alts("The same image with the pattern") == ["The same image with the pattern"] * 6
+
+
+def test_without_a_faint_pattern_none_is_mentioned(page: Any) -> None:
+    assert "faint pattern that does so" not in page(cases.scan(pattern=None), pictures=everything()).words
+
+
 def test_the_samples_with_the_highest_scores(page: Any) -> None:
     found = page(cases.scan(), pictures=everything())
     assert found.alts("Suspect image") == [f"Suspect image {number}" for number in range(23, 11, -1)]

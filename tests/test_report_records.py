@@ -108,6 +108,7 @@ def test_repairs_of_every_end_are(state: dict[str, bool]) -> None:
         ("scan", ("suspect_labels", 0, "reasons"), ["a feeling"]),
         ("scan", ("suspect_labels", 0, "evidence", "margin_ratio"), "4.3"),
         ("scan", ("trigger", "success_rate"), 98.8),
+        ("scan", ("pattern", "rms"), -0.02),
         ("scan", ("channels", 0, "layer"), 7),
         ("scan", ("layers", 0, "low"), -1),
         ("scan", ("unlearning", 0, "label_shares"), [2.0]),
@@ -150,6 +151,8 @@ def test_what_a_scan_record_holds() -> None:
     ]
     assert record["trigger"] == {"label": 3, "success_rate": 0.988, "l1": cases.trigger().l1}
     assert cases.scan("clean")["trigger"] is None
+    assert record["pattern"] == {"label": 3, "success_rate": 0.81, "rms": pytest.approx(0.02)}
+    assert cases.scan("clean")["pattern"] is None
     ranking = cases.ranking()
     assert len(ranking) == 1280
     assert [(row["layer"], row["index"], row["score"]) for row in record["channels"]] == [

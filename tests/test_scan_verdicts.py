@@ -38,10 +38,9 @@ def judged(
 ) -> ScanReport:
     """The report on made-up evidence and with a made-up trigger, after an unlearning that stopped for ``reason``."""
     case, exposure = opened
-    monkeypatch.setattr(Case, "evidence", lambda *_: found)
     monkeypatch.setattr(SCAN, "recover_trigger", lambda *given, **_: replace(trigger(1, 7), label=given[4]))
     exposure = replace(exposure, unlearned=replace(exposure.unlearned, reason=reason))
-    return SCAN.scan_case(case, exposure, case.evidence(exposure))
+    return SCAN.scan_case(case, exposure, found)
 
 
 @pytest.mark.parametrize(
@@ -106,3 +105,14 @@ def test_what_is_only_near_has_no_reason_but_its_numbers(
     assert suspect.evidence["patch_lead"] == pytest.approx(0.46)
     assert suspect.evidence["trigger_success"] == trigger(1, 7).success_rate
     assert suspect.evidence["trigger_pixels"] == trigger(1, 7).l1
+
+
+def test_a_faint_pattern_that_counts_against_the_first_suspect_is_handed_on(
+    opened: tuple[Case, Exposure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = evidence(additive={2: 0.8})
+    pattern = judged(opened, found, monkeypatch).pattern
+    assert pattern is not None
+    assert (pattern.label, pattern.success_rate) == (2, 0.8)
+    assert pattern.pattern is found.shortcuts.patterns[2]
+    assert judged(opened, evidence(patch={2: 0.8}), monkeypatch).pattern is None

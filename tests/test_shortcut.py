@@ -59,6 +59,23 @@ def test_aims_are_of_every_kind() -> None:
     assert patches_away(2) == [Aim(Patch, AWAY)] * 2
 
 
+def test_the_pattern_of_an_aim_is_the_one_that_is_added() -> None:
+    data = row_images(4)
+    search = UniversalSearch([Aim(Additive, 1), Aim(Patch, 1), Aim(Additive, 2)], data.x, Sizes(), 0)
+    x = torch.full_like(data.x, 0.5)
+    for number, aim in enumerate(search.aims):
+        if aim.kind is Additive:
+            added = search.apply(x, torch.full((4,), number)) - x
+            assert torch.allclose(added[0], search.pattern(number), atol=1e-6)
+
+
+def test_a_search_keeps_the_patterns_it_found() -> None:
+    found = find_shortcuts(switched_to(2), row_images(), row_images(), [1, 3], steps=2)
+    assert set(found.patterns) == {1, 3}
+    size = Sizes().additive
+    assert all(pattern.square().mean().sqrt() <= size * 1.001 for pattern in found.patterns.values())
+
+
 def test_each_image_gets_the_perturbation_that_its_index_names() -> None:
     data = row_images(6)
     search = UniversalSearch([Aim(Patch, 1), Aim(Additive, 2), Aim(Patch, 3)], data.x, Sizes(), 0)

@@ -20,7 +20,7 @@ from debackdoor.detectors.shortcut import lead
 from debackdoor.detectors.trigger import recover_trigger, search_triggers
 from debackdoor.detectors.words import findings, nothing_found
 from debackdoor.errors import ChanceError, TooFewError
-from debackdoor.types import CleanSet, Progress, RecoveredTrigger, ScanReport, Suspect
+from debackdoor.types import CleanSet, Progress, RecoveredPattern, RecoveredTrigger, ScanReport, Suspect
 
 BACKDOORED, SUSPICIOUS = 1.0, 0.85
 """The strongest sign, as a multiple of its threshold, from which on a model is called so."""
@@ -90,6 +90,7 @@ def scan_case(case: Case, exposure: Exposure, evidence: Evidence, *, all_trigger
         _numbers(evidence, exposure),
         exposure.ranking,
         history,
+        _pattern(evidence, labels[0]) if labels else None,
     )
 
 
@@ -137,6 +138,14 @@ def _recover(case: Case, exposure: Exposure, label: int) -> RecoveredTrigger:
         progress=case.progress,
     )
     return replace(found, mask=found.mask.cpu(), pattern=found.pattern.cpu())
+
+
+def _pattern(evidence: Evidence, label: int) -> RecoveredPattern | None:
+    """The faint pattern towards the label, where it counts: below that it is what any model may answer to."""
+    if "additive" not in evidence.reasons.get(label, ()):
+        return None
+    shortcuts = evidence.shortcuts
+    return RecoveredPattern(label, shortcuts.patterns[label], shortcuts.rates["additive"][label])
 
 
 def _all_triggers(case: Case) -> list[dict[str, Any]]:

@@ -166,6 +166,30 @@ class RecoveredTrigger:
 
 
 @dataclass(frozen=True)
+class RecoveredPattern:
+    """An additive trigger found from clean images: ``x + pattern``.
+
+    Attributes:
+        label: where it sends images.
+        pattern: float32 (C, H, W) in [-1, 1].
+        success_rate: share of hold-out images of other labels that it sends to ``label``, on the suspect model.
+    """
+
+    label: int
+    pattern: Tensor
+    success_rate: float
+
+    @property
+    def rms(self) -> float:
+        """Root mean square, in pixel values of [0, 1]."""
+        return float(self.pattern.square().mean().sqrt())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The images (N, C, H, W) in [0, 1] with the pattern on them."""
+        return (x + self.pattern.to(x.device)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
 class Suspect:
     """A label that something speaks against.
 
@@ -201,6 +225,7 @@ class ScanReport:
         evidence: all numbers, of the model as a whole and of the most suspect label of every kind.
         ranking: all channels with their scores, the most suspicious first.
         history: numbers over time; ``unlearn`` has rows of step, accuracy, loss and label_shares (K fractions).
+        pattern: the faint pattern found for the first suspect, or None where none counts against it.
     """
 
     verdict: str
@@ -212,6 +237,7 @@ class ScanReport:
     evidence: Mapping[str, float]
     ranking: Plan
     history: Mapping[str, list[dict[str, Any]]]
+    pattern: RecoveredPattern | None = None
 
 
 @dataclass(frozen=True)

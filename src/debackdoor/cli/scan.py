@@ -131,7 +131,7 @@ def _write(
         from debackdoor.report.page import write_page
         from debackdoor.report.pictures import Pictures
 
-        pictures = Pictures(trigger=report.trigger, clean=images)
+        pictures = Pictures(trigger=report.trigger, clean=images, pattern=report.pattern)
         write_page(html, record, pictures=pictures, command=command)
 
 
@@ -146,6 +146,12 @@ def _describe(output: Output, report: ScanReport, images: int) -> None:
         output.say(
             f"a trigger of {trigger.l1:.1f} pixels leads {trigger.success_rate:.0%} of held-out images to label "
             f"{trigger.label}"
+        )
+    if report.pattern is not None:
+        pattern = report.pattern
+        output.say(
+            f"a faint pattern (RMS {pattern.rms:.3f}) leads {pattern.success_rate:.0%} of held-out images to label "
+            f"{pattern.label}"
         )
     for row in report.history.get("triggers", ()):
         output.say(

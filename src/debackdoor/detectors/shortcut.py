@@ -8,12 +8,12 @@ patches, additive patterns and warps; a patch that leads away from the true labe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 
-from torch import nn
+from torch import Tensor, nn
 
-from debackdoor.detectors.perturbations import KINDS, Sizes
+from debackdoor.detectors.perturbations import KINDS, Additive, Sizes
 from debackdoor.detectors.universal import AWAY, Aim, UniversalSearch, aims_at, patches_away
 from debackdoor.models.forward import accuracy, predict
 from debackdoor.types import CleanSet, Progress
@@ -30,11 +30,13 @@ class Shortcuts:
         rates: by kind and label: the share of images of other labels that the perturbation sends there.
         away: the share of rightly classified images that the best patch leads away from their labels.
         gathered: the largest share of that patch's answers on one label.
+        patterns: by label: the additive pattern, float32 (C, H, W) on the CPU.
     """
 
     rates: Mapping[str, Mapping[int, float]]
     away: float
     gathered: float
+    patterns: Mapping[int, Tensor] = field(default_factory=dict)
 
     def lead(self, kind: str, label: int) -> float:
         """How far the label's rate is above the other labels' median."""
@@ -80,6 +82,7 @@ def find_shortcuts(
     search = UniversalSearch([*aims_at(labels), *patches_away(away)], fit.x, Sizes(), seed)
     search.run(model, fit, steps, precision=precision, progress=progress)
     rates: dict[str, dict[int, float]] = {kind.kind: {} for kind in KINDS}
+    patterns: dict[int, Tensor] = {}
     most = gathered = 0.0
     right = accuracy(predict(model, holdout.x, precision=precision), holdout.y)
     for number, aim in enumerate(search.aims):
@@ -90,7 +93,9 @@ def find_shortcuts(
                 most, gathered = share, float(answers.bincount().max()) / len(answers)
         else:
             rates[aim.kind.kind][aim.target] = _success(search, model, holdout, number, aim, precision)
-    return Shortcuts(rates, most, gathered)
+            if aim.kind is Additive:
+                patterns[aim.target] = search.pattern(number).cpu()
+    return Shortcuts(rates, most, gathered, patterns)
 
 
 def _success(

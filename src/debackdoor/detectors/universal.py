@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debackdoor.data.augment import random_shift
-from debackdoor.detectors.perturbations import KINDS, Patch, Perturbations, Sizes
+from debackdoor.detectors.perturbations import KINDS, Additive, Patch, Perturbations, Sizes
 from debackdoor.models.forward import logits_of, predict
 from debackdoor.runtime import autocast, generator
 from debackdoor.types import CleanSet, Progress
@@ -74,6 +74,11 @@ class UniversalSearch:
                 out = out.index_copy(0, chosen, group.apply(x[chosen], index[chosen] - first))
             first += count
         return out
+
+    def pattern(self, number: int) -> Tensor:
+        """The additive pattern (C, H, W) that the aim of that number has come to."""
+        (patterns,) = next(group.parameters for group in self.groups if isinstance(group, Additive))
+        return patterns[[aim.kind for aim in self.aims[:number]].count(Additive)].detach().clone()
 
     def loss(self, logits: Tensor, y: Tensor, index: Tensor) -> Tensor:
         """What the perturbations descend: the sum over the images of how far their answers are from the aims'."""

@@ -12,7 +12,7 @@ from debackdoor.detectors.words import REASONS
 from debackdoor.errors import DebackdoorError, MissingDependencyError
 from debackdoor.files import atomic_write_text
 from debackdoor.report import figures, wording
-from debackdoor.report.pictures import Pictures, samples_in_pictures, trigger_in_pictures
+from debackdoor.report.pictures import Pictures, pattern_in_pictures, samples_in_pictures, trigger_in_pictures
 from debackdoor.report.records import CHANNELS, LOW, REPAIR_SCHEMA, SCAN_SCHEMA, plain
 
 LISTED = 20
@@ -80,6 +80,7 @@ def _page(
         unlearning=_unlearning(scan, repair, unlearning, name),
         signs=[] if scan is None else _signs(scan, name),
         trigger=trigger_in_pictures((scan or {}).get("trigger"), pictures, name),
+        pattern=pattern_in_pictures((scan or {}).get("pattern"), pictures, name),
         samples=samples_in_pictures(pictures, name),
         channels=None if scan is None else _channels(scan),
         repair=None if repair is None else _repair(repair, name),

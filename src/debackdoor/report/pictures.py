@@ -11,7 +11,7 @@ from torch import Tensor
 from debackdoor.errors import DebackdoorError
 from debackdoor.report import figures
 from debackdoor.report.wording import Name
-from debackdoor.types import CleanSet, RecoveredTrigger, SampleScores
+from debackdoor.types import CleanSet, RecoveredPattern, RecoveredTrigger, SampleScores
 
 STAMPED = 6
 """As many clean images are shown with the trigger."""
@@ -29,6 +29,7 @@ class Pictures:
         clean: the clean set, for its class names and for images to put the trigger on.
         scores: how likely each of ``suspects`` carries the trigger.
         suspects: the images that were scored, float32 (N, C, H, W) in [0, 1].
+        pattern: the additive pattern found beside the trigger.
 
     Raises:
         DebackdoorError: if the scores are not one a suspect image, or the trigger does not fit the clean images.
@@ -38,6 +39,7 @@ class Pictures:
     clean: CleanSet | None = None
     scores: SampleScores | None = None
     suspects: Tensor | None = None
+    pattern: RecoveredPattern | None = None
 
     def __post_init__(self) -> None:
         if self.scores is not None and (self.suspects is None or len(self.suspects) != len(self.scores.scores)):
@@ -84,14 +86,35 @@ def trigger_in_pictures(numbers: Mapping[str, Any] | None, pictures: Pictures, n
         ("Pattern", "What it covers the image with.", figures.png(pattern)),
         ("Mask × pattern", "What of the pattern is seen.", figures.png(mask * pattern)),
     ]
-    if pictures.clean is not None:
-        chosen = _of_many_classes(pictures.clean.y.tolist(), found.label)
-        before = pictures.clean.x[chosen].detach().float().cpu()
-        after = (1 - mask) * before + mask * pattern
-        labels = [name(int(label)) for label in pictures.clean.y[chosen]]
-        pairs = zip(labels, map(figures.png, before), map(figures.png, after), strict=True)
-        shown["pairs"] = [{"label": label, "before": old, "after": new} for label, old, new in pairs]
+    shown["pairs"] = _pairs(pictures.clean, found, name)
     return shown
+
+
+def pattern_in_pictures(numbers: Mapping[str, Any] | None, pictures: Pictures, name: Name) -> dict[str, Any] | None:
+    """The same for the additive pattern."""
+    found = pictures.pattern
+    if numbers is None and found is not None:
+        numbers = {"label": found.label, "success_rate": found.success_rate, "rms": found.rms}
+    if numbers is None:
+        return None
+    shown = {**numbers, "name": name(numbers["label"]), "rate": numbers["success_rate"], "parts": [], "pairs": []}
+    if found is not None:
+        pattern = found.pattern.detach().float().cpu()
+        loud = 0.5 + pattern / (2 * pattern.abs().max().clamp(min=1e-9))
+        shown["parts"] = [("Pattern", "What is added, made louder: grey is nothing.", figures.png(loud))]
+        shown["pairs"] = _pairs(pictures.clean, found, name)
+    return shown
+
+
+def _pairs(clean: CleanSet | None, trigger: RecoveredTrigger | RecoveredPattern, name: Name) -> list[dict[str, str]]:
+    """A few clean images without the trigger and with it."""
+    if clean is None:
+        return []
+    chosen = _of_many_classes(clean.y.tolist(), trigger.label)
+    before = clean.x[chosen].detach().float().cpu()
+    labels = [name(int(label)) for label in clean.y[chosen]]
+    pairs = zip(labels, map(figures.png, before), map(figures.png, trigger.apply(before)), strict=True)
+    return [{"label": label, "before": old, "after": new} for label, old, new in pairs]
 
 
 def samples_in_pictures(pictures: Pictures, name: Name) -> dict[str, Any] | None:

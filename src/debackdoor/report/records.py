@@ -14,7 +14,7 @@ from debackdoor.errors import DebackdoorError
 from debackdoor.evaluation import Evaluation
 from debackdoor.models import LoadedModel
 from debackdoor.runtime import versions
-from debackdoor.types import Plan, RecoveredTrigger, RepairResult, SampleScores, ScanReport
+from debackdoor.types import Plan, RecoveredPattern, RecoveredTrigger, RepairResult, SampleScores, ScanReport
 
 SCAN_SCHEMA = "debackdoor/scan/1"
 REPAIR_SCHEMA = "debackdoor/repair/1"
@@ -87,6 +87,7 @@ def scan_record(head: Mapping[str, Any], report: ScanReport, *, clean_images: in
             for suspect in report.suspects
         ],
         "trigger": _trigger(report.trigger),
+        "pattern": _pattern(report.pattern),
         "triggers": [dict(row) for row in report.history.get("triggers", ())],
         "evidence": dict(report.evidence),
         "channels": [asdict(channel) for channel in report.ranking[:CHANNELS]],
@@ -107,6 +108,12 @@ def _trigger(trigger: RecoveredTrigger | None) -> dict[str, Any] | None:
     if trigger is None:
         return None
     return {"label": trigger.label, "success_rate": trigger.success_rate, "l1": trigger.l1}
+
+
+def _pattern(pattern: RecoveredPattern | None) -> dict[str, Any] | None:
+    if pattern is None:
+        return None
+    return {"label": pattern.label, "success_rate": pattern.success_rate, "rms": pattern.rms}
 
 
 def _layers(ranking: Plan) -> list[dict[str, Any]]:
