@@ -29,6 +29,8 @@ class ABLUnlearning(Defense):
 
     The clean set teaches nothing. Published are 1 % of the training data, 500 images for CIFAR-10, which is 8 steps an
     epoch, and four of the five epochs unlearn, the first only measures; here all do. Fewer samples take fewer steps.
+    Training is in train mode, as published: the statistics of batch normalisation move to those of the samples, and
+    that alone takes a part of a patch's backdoor away.
 
     Attributes:
         poisoned: at least two images on the model's device, with the labels that they were found with.
