@@ -1,0 +1,134 @@
+"""What methods that fine-tune share: the parts of the clean set, a random state of their own, one loop, the result."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from debackdoor.data import split_clean
+from debackdoor.data.augment import random_shift
+from debackdoor.defenses.base import Defense
+from debackdoor.errors import ModelError, check_fraction, check_positive
+from debackdoor.models.forward import accuracy, predict
+from debackdoor.runtime import generator, shuffled_batches
+from debackdoor.types import CleanSet, Progress, RepairResult, Step
+
+Rows = list[dict[str, Any]]
+Backward = Callable[[Tensor, Tensor], Tensor]
+"""Takes images and labels, leaves the gradients in the parameters and returns the loss."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a method makes of its copy of the model: the model, numbers over time, and what was done."""
+
+    model: nn.Module
+    history: Mapping[str, Rows]
+    steps: tuple[Step, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning(Defense):
+    """Everything around a method that trains weights on the clean set; a method writes ``_tune``.
+
+    Attributes:
+        lr: first step size of SGD; it falls to 0 along a cosine over the epochs unless a method says otherwise.
+        momentum: of SGD.
+        weight_decay: of SGD.
+        epochs: passes over the fit part.
+        batch_size: images a step.
+        shift: largest random shift, a fraction of the image's width.
+        holdout: share of the clean set that is not learned from and tells what the method costs; 0 learns from all.
+    """
+
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    epochs: int = 20
+    batch_size: int = 64
+    shift: float = 0.125
+    holdout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive(lr=self.lr, epochs=self.epochs, batch_size=self.batch_size)
+        check_fraction(momentum=self.momentum, weight_decay=self.weight_decay, shift=self.shift, holdout=self.holdout)
+
+    def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
+        fit, judges = split_clean(clean, self.holdout, self.seed) if self.holdout else (clean, clean)
+        suspect = copy.deepcopy(model).eval()
+        # Dropout draws from the global generator; it is set for this and then put back.
+        with torch.random.fork_rng(devices=[fit.x.device] if fit.x.device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            tuned = self._tune(copy.deepcopy(suspect).requires_grad_(True), fit, progress)
+        for name, parameter in model.named_parameters():
+            tuned.model.get_parameter(name).requires_grad_(parameter.requires_grad).grad = None
+        before, after = (
+            accuracy(predict(m, judges.x, precision=self.precision), judges.y) for m in (suspect, tuned.model.eval())
+        )
+        rates = {"before": before, "after": after}
+        changed = _differ(suspect, tuned.model)
+        return RepairResult(tuned.model, (), rates, None, tuned.history, tuned.steps, changed)
+
+    @abstractmethod
+    def _tune(self, model: nn.Module, fit: CleanSet, progress: Progress | None) -> Tuned:
+        """Trains on ``fit``.
+
+        Args:
+            model: a copy in eval mode with gradients asked for, which may be changed and returned.
+            fit: images to learn from.
+            progress: called after every epoch.
+        """
+
+    def _lr(self, epoch: int) -> float:
+        """The step size of an epoch, counted from 0."""
+        return self.lr * (1 + math.cos(math.pi * epoch / self.epochs)) / 2
+
+    def _descend(
+        self,
+        stage: str,
+        parameters: Iterable[Tensor],
+        fit: CleanSet,
+        backward: Backward,
+        progress: Progress | None,
+        *,
+        nesterov: bool = False,
+    ) -> Rows:
+        """SGD with the gradients that ``backward`` leaves; one row an epoch.
+
+        Raises:
+            ModelError: if the loss is no longer a finite number.
+        """
+        random, rows = generator(self.seed), Rows()
+        optimizer = torch.optim.SGD(parameters, self.lr, self.momentum, 0.0, self.weight_decay, nesterov)
+        for epoch in range(self.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = self._lr(epoch)
+            loss_sum = seen = 0.0
+            for index in shuffled_batches(len(fit), self.batch_size, random):
+                x = random_shift(fit.x[index], round(self.shift * fit.x.shape[-1]), random)
+                optimizer.zero_grad(set_to_none=True)
+                loss = backward(x, fit.y[index])
+                optimizer.step()
+                loss_sum, seen = loss_sum + loss.item() * len(index), seen + len(index)
+            if not math.isfinite(loss_sum):
+                raise ModelError(
+                    f"expected a finite loss, got {loss_sum} in epoch {epoch + 1} of {stage}; "
+                    f"take a smaller step size than {self.lr}"
+                )
+            rows.append({"epoch": epoch + 1, "loss": loss_sum / seen, "lr": self._lr(epoch)})
+            if progress is not None:
+                progress(stage, epoch + 1, self.epochs, {"loss": loss_sum / seen})
+        return rows
+
+
+def _differ(one: nn.Module, two: nn.Module) -> bool:
+    """Whether any weight or buffer that is saved differs."""
+    then, now = one.state_dict(), two.state_dict()
+    return any(isinstance(value, Tensor) and not torch.equal(value, now[name]) for name, value in then.items())
