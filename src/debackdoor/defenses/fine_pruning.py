@@ -1,0 +1,174 @@
+"""Fine-Pruning: prune the channels that clean images leave dormant, then fine-tune.
+
+Liu, Dolan-Gavitt and Garg, "Fine-Pruning: Defending Against Backdooring Attacks on Deep Neural Networks", RAID 2018,
+https://arxiv.org/abs/1805.12185, section 3. As there, channels of the last convolutional layer are ranked by their mean
+activation on clean images and pruned lowest first. Fine-tuning follows Wu et al., "BackdoorBench", NeurIPS 2022.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from debackdoor._graph import LAYERS
+from debackdoor.channels import MaskableLayer, find_channels, masked_call
+from debackdoor.data import split_clean
+from debackdoor.defenses.base import Defense
+from debackdoor.defenses.finetune import FineTuning
+from debackdoor.defenses.levels import BUDGET, HOLDOUT, Level, blind_rule, cost, is_changed, pruning_step, strongest
+from debackdoor.errors import check_fraction, check_positive
+from debackdoor.models.forward import accuracy, predict
+from debackdoor.rnp.prune import plan_mask, prune, rank
+from debackdoor.types import CleanSet, Plan, Progress, RepairResult, Step
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinePruning(Defense):
+    """Prunes dormant channels of one layer as far as the hold-out part allows, and fine-tunes what is left.
+
+    The layer is the last maskable one with feature maps, or the last one where none has. A channel's activation is that
+    of the last feature map that it makes before another layer follows: after a residual sum, if there is one. Masks
+    leave a residual stream's other parts, and a norm's shift, in place. Pruned channels stay at zero in fine-tuning.
+
+    Attributes:
+        share: of the layer's channels to prune, a fraction; None takes the strongest level within the budget.
+        step: between two levels, a fraction of the layer's channels.
+        budget: how far accuracy on the hold-out part may fall by pruning, a fraction.
+        holdout: share of the clean set that judges and is not learned from, strictly between 0 and 1.
+        lr: first step size of fine-tuning.
+        epochs: passes over the fit part.
+        batch_size: images a step.
+
+    Example:
+        >>> result = FinePruning(budget=0.02)(model, clean)  # doctest: +SKIP
+    """
+
+    name: ClassVar[str] = "fine-pruning"
+
+    share: float | None = None
+    step: float = 0.05
+    budget: float = BUDGET
+    holdout: float = HOLDOUT
+    lr: float = 0.01
+    epochs: int = 20
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        check_fraction(share=self.share, step=self.step, budget=self.budget, holdout=self.holdout)
+        check_positive(step=self.step, lr=self.lr, epochs=self.epochs, batch_size=self.batch_size)
+
+    def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
+        model = copy.deepcopy(model).eval()
+        fit, holdout = split_clean(clean, self.holdout, self.seed)
+        layers, activation = dormancy(model, fit, self.precision)
+        ranking = rank(layers, activation, ties=activation)
+        measure = cost(model, layers, holdout, self.precision)
+        choice = strongest(
+            self._levels(ranking), measure, self.budget if self.share is None else 1.0, progress=progress
+        )
+        tuning = FineTuning(
+            lr=self.lr, epochs=self.epochs, batch_size=self.batch_size, seed=self.seed, precision=self.precision
+        )
+        taught = tuning(_Pruned(model, layers, choice.plan), fit, progress=progress)
+        repaired = prune(taught.model.get_submodule("network"), layers, choice.plan).eval()
+        after = accuracy(predict(repaired, holdout.x, precision=self.precision), holdout.y)
+        rule = blind_rule(self.budget) if self.share is None else f"a share of {self.share} of the channels"
+        steps = (
+            Step("rank", f"mean activation of {layers[0].name} on clean images", {"channels": len(ranking)}),
+            pruning_step(choice, rule),
+            Step("fine-tune", taught.steps[0].reason, {"accuracy": after}),
+        )
+        history = {"levels": choice.history, **taught.history}
+        rates = {"before": choice.before, "after": after}
+        return RepairResult(repaired, choice.plan, rates, None, history, steps, changed=is_changed(model, repaired))
+
+    def _levels(self, ranking: Plan) -> tuple[Level, ...]:
+        """From none of the channels to all but one; the share alone where it is given."""
+        size = len(ranking)
+        if self.share is not None:
+            return (Level(self.share, ranking[: round(self.share * size)]),)
+        steps = round(1 / self.step)
+        counts = sorted({min(round(i * self.step * size), size - 1) for i in range(steps + 1)})
+        return tuple(Level(count / size, ranking[:count]) for count in counts)
+
+
+def dormancy(model: nn.Module, images: CleanSet, precision: str) -> tuple[tuple[MaskableLayer], Tensor]:
+    """The last maskable layer with feature maps, or else the last one, and its channels' mean activation.
+
+    Args:
+        model: in eval mode; it is left as found.
+        images: clean ones.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+
+    Returns:
+        The layer in a tuple, and a float64 tensor (size,): the mean of the positive part over images and places.
+    """
+    layers = find_channels(model, images.x[:2])
+    with _outputs(model, layers) as latest:
+        predict(model, images.x[:2], precision=precision)
+        spatial = [layer for layer in layers if layer.kind != "linear" and latest(layer).ndim > 2]
+    layer = (spatial or list(layers))[-1]
+    total = torch.zeros(layer.size, dtype=torch.double, device=images.x.device)
+    with _outputs(model, (layer,)) as latest:
+        for batch in images.x.split(500):
+            predict(model, batch, precision=precision)
+            out = latest(layer).double().relu()
+            axis = -1 if layer.kind == "linear" else 1
+            total += out.movedim(axis, 0).flatten(1).mean(1) * len(batch)
+    return (layer,), total / len(images)
+
+
+@contextmanager
+def _outputs(model: nn.Module, layers: Sequence[MaskableLayer]) -> Iterator[Callable[[MaskableLayer], Tensor]]:
+    """Keeps, for each layer, the last output of its shape before another layer runs."""
+    owners = {model.get_submodule(layer.name): layer for layer in layers}
+    found: dict[str, Tensor] = {}
+    latest: list[MaskableLayer] = []
+
+    def begins(module: nn.Module, args: Any) -> None:
+        if isinstance(module, LAYERS) or module in owners:
+            latest.clear()
+
+    def ends(module: nn.Module, args: Any, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            return
+        if module in owners:
+            latest[:] = [owners[module]]
+            found[owners[module].name] = output
+        elif latest and latest[0].kind != "linear" and _same_channels(found[latest[0].name], output):
+            found[latest[0].name] = output
+
+    hooks = [module.register_forward_pre_hook(begins) for module in model.modules()]
+    hooks += [module.register_forward_hook(ends) for module in model.modules()]
+    try:
+        yield lambda layer: found[layer.name]
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _same_channels(one: Tensor, two: Tensor) -> bool:
+    """Whether a later output has the channels of an earlier one, as feature maps of any size."""
+    return one.ndim > 2 and one.ndim == two.ndim and one.shape[1] == two.shape[1]
+
+
+class _Pruned(nn.Module):
+    """A network under a mask: a pruned channel gets no gradient, so fine-tuning cannot bring it back."""
+
+    mask: Tensor
+
+    def __init__(self, network: nn.Module, layers: Sequence[MaskableLayer], plan: Plan) -> None:
+        super().__init__()
+        self.network, self.layers = prune(network, layers, plan), tuple(layers)
+        device = next(network.parameters()).device
+        self.register_buffer("mask", plan_mask(layers, plan, device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parameters, buffers = dict(self.network.named_parameters()), dict(self.network.named_buffers())
+        return masked_call(self.network, self.layers, self.mask, x, parameters, buffers)
