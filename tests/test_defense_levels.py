@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from debackdoor.channels import MaskableLayer, find_channels
+from debackdoor.defenses.base import differ
 from debackdoor.defenses.levels import (
     DEVIATIONS,
     Choice,
     Level,
     below_levels,
     cost,
-    is_changed,
     outlier_levels,
     pruned_result,
     pruning_step,
@@ -177,12 +177,12 @@ def test_deviations_go_from_gentle_to_strong() -> None:
 
 
 @pytest.mark.parametrize("part", ["weight", "buffer"])
-def test_whether_a_model_is_changed(part: str) -> None:
+def test_whether_a_model_differ(part: str) -> None:
     one, two = victim(), victim()
-    assert not is_changed(one, two)
+    assert not differ(one, two)
     with torch.no_grad():
         (two[4].bias if part == "weight" else two[1].running_mean)[0] += 1
-    assert is_changed(one, two)
+    assert differ(one, two)
 
 
 def test_what_a_pruning_defence_returns() -> None:

@@ -6,7 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from debackdoor.types import CleanSet, Progress, RepairResult
 
@@ -34,3 +35,9 @@ class Defense(ABC):
             clean: trusted samples on the model's device.
             progress: called from inside long loops.
         """
+
+
+def differ(one: nn.Module, other: nn.Module) -> bool:
+    """Whether any weight or buffer that is saved differs between two copies of a network."""
+    then, now = one.state_dict(), other.state_dict()
+    return any(isinstance(value, Tensor) and not torch.equal(value, now[name]) for name, value in then.items())

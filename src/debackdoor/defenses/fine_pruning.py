@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from debackdoor._graph import LAYERS
 from debackdoor.channels import MaskableLayer, find_channels, masked_call
 from debackdoor.data import split_clean
-from debackdoor.defenses.base import Defense
+from debackdoor.defenses.base import Defense, differ
 from debackdoor.defenses.finetune import FineTuning
-from debackdoor.defenses.levels import BUDGET, HOLDOUT, Level, blind_rule, cost, is_changed, pruning_step, strongest
+from debackdoor.defenses.levels import BUDGET, HOLDOUT, Level, blind_rule, cost, pruning_step, strongest
 from debackdoor.errors import check_fraction, check_positive
 from debackdoor.models.forward import accuracy, predict
 from debackdoor.rnp.prune import plan_mask, prune, rank
@@ -86,7 +86,7 @@ class FinePruning(Defense):
         )
         history = {"levels": choice.history, **taught.history}
         rates = {"before": choice.before, "after": after}
-        return RepairResult(repaired, choice.plan, rates, None, history, steps, changed=is_changed(model, repaired))
+        return RepairResult(repaired, choice.plan, rates, None, history, steps, changed=differ(model, repaired))
 
     def _levels(self, ranking: Plan) -> tuple[Level, ...]:
         """From none of the channels to all but one; the share alone where it is given."""

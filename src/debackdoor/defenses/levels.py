@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from debackdoor.channels import MaskableLayer, locate, masked_call
+from debackdoor.defenses.base import differ
 from debackdoor.models.forward import predict
 from debackdoor.rnp.prune import plan_mask, prune
 from debackdoor.types import CleanSet, Plan, PlannedChannel, Progress, RepairResult, Step
@@ -155,12 +156,6 @@ def _below_mean(values: Tensor, alive: Tensor) -> Tensor:
     return scores
 
 
-def is_changed(before: nn.Module, after: nn.Module) -> bool:
-    """Whether any weight or buffer of ``after`` differs from that of ``before``."""
-    others = after.state_dict()
-    return any(not torch.equal(value, others[name]) for name, value in before.state_dict().items())
-
-
 def pruned_result(
     model: nn.Module,
     layers: Sequence[MaskableLayer],
@@ -183,7 +178,7 @@ def pruned_result(
     rates = {"before": choice.before, "after": choice.after}
     rows = {**(history or {}), "levels": choice.history}
     steps = (scoring, pruning_step(choice, rule))
-    return RepairResult(repaired, choice.plan, rates, None, rows, steps, changed=is_changed(model, repaired))
+    return RepairResult(repaired, choice.plan, rates, None, rows, steps, changed=differ(model, repaired))
 
 
 def pruning_step(choice: Choice, rule: str) -> Step:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from debackdoor.data import split_clean
 from debackdoor.data.augment import random_shift
-from debackdoor.defenses.base import Defense
+from debackdoor.defenses.base import Defense, differ
 from debackdoor.errors import ModelError, check_fraction, check_positive
 from debackdoor.models.forward import accuracy, predict
 from debackdoor.runtime import generator, shuffled_batches
@@ -73,7 +73,7 @@ class Tuning(Defense):
             accuracy(predict(m, judges.x, precision=self.precision), judges.y) for m in (suspect, tuned.model.eval())
         )
         rates = {"before": before, "after": after}
-        changed = _differ(suspect, tuned.model)
+        changed = differ(suspect, tuned.model)
         return RepairResult(tuned.model, (), rates, None, tuned.history, tuned.steps, changed)
 
     @abstractmethod
@@ -126,9 +126,3 @@ class Tuning(Defense):
             if progress is not None:
                 progress(stage, epoch + 1, self.epochs, {"loss": loss_sum / seen})
         return rows
-
-
-def _differ(one: nn.Module, two: nn.Module) -> bool:
-    """Whether any weight or buffer that is saved differs."""
-    then, now = one.state_dict(), two.state_dict()
-    return any(isinstance(value, Tensor) and not torch.equal(value, now[name]) for name, value in then.items())
