@@ -113,6 +113,7 @@ def test_without_an_outlier_the_model_is_fine_tuned() -> None:
     result = ULRL(threshold=1e9, **QUICK)(corner_victim(), corner_set(40))
     assert result.steps[1].numbers == {"neurons": 0}
     assert result.steps[1].reason == "class neurons: none"
+    assert "restarted_accuracy" not in result.steps[2].numbers
     assert result.changed
 
 
@@ -120,6 +121,10 @@ def test_the_backdoor_goes() -> None:
     result = check_removed(ULRL(lr=0.05, threshold=1.0, **QUICK))
     assert [step.name for step in result.steps] == ["unlearn", "draw anew", "relearn"]
     assert set(result.history) == {"unlearn", "changes", "ulrl"}
+    assert result.steps[1].reason == "class neurons: 0"
+    clean = corner_set()
+    share = (result.model(clean.x[clean.y == 0]).argmax(1) == 0).float().mean().item()
+    assert result.steps[2].numbers["restarted_accuracy"] == pytest.approx(share)
 
 
 def test_manners() -> None:

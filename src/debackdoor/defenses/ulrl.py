@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from debackdoor._graph import LAYERS, classifier_outputs, trace
 from debackdoor.defenses.tuning import Tuned, Tuning
 from debackdoor.errors import ModelError, check_positive
-from debackdoor.models.forward import eval_mode, logits_of, predict
+from debackdoor.models.forward import accuracy, eval_mode, logits_of, predict
 from debackdoor.rnp.unlearn import UnlearnSettings, unlearn
 from debackdoor.runtime import autocast, generator
 from debackdoor.types import CleanSet, Progress, Step
@@ -45,6 +45,9 @@ def published_unlearning() -> UnlearnSettings:
 @dataclass(frozen=True, kw_only=True)
 class ULRL(Tuning):
     """Draws the class neurons that unlearning moves most anew, and relearns the clean set away from what they were.
+
+    With the published ``alpha`` and few steps, a small network may not learn the class itself again; then no image gets
+    that label, triggered or not. The last step's ``restarted_accuracy`` tells.
 
     Attributes:
         threshold: deviations from the median above which a neuron is suspicious, in units of 1.4826 MAD.
@@ -88,10 +91,15 @@ class ULRL(Tuning):
 
         history = self._descend(self.name, model.parameters(), fit, backward, progress)
         labels = ", ".join(map(str, rows)) or "none"
+        numbers = dict(history[-1])
+        restarted = torch.isin(fit.y, torch.tensor(rows, dtype=torch.int64, device=fit.y.device))
+        if restarted.any():
+            logits = predict(model.eval(), fit.x[restarted], precision=self.precision)
+            numbers["restarted_accuracy"] = accuracy(logits, fit.y[restarted])
         steps = (
             Step("unlearn", unlearned.reason, {"accuracy": unlearned.accuracy}),
             Step("draw anew", f"class neurons: {labels}", {"neurons": len(rows)}),
-            Step("relearn", f"{self.epochs} epochs at a step size of {self.lr}", history[-1]),
+            Step("relearn", f"{self.epochs} epochs at a step size of {self.lr}", numbers),
         )
         changed = [{"label": label, "change": change} for label, change in enumerate(changes.tolist())]
         return Tuned(model, {"unlearn": unlearned.history, "changes": changed, self.name: history}, steps)
