@@ -71,16 +71,16 @@ def test_a_scan(network: nn.Module) -> None:
     assert report.verdict == "backdoored"
     costs = stages.costs
     aims = searches(kinds=3, labels=CLASSES, away=8)
-    assert costs["search perturbations"]["backward"] == 100 * 8 * aims
-    assert costs["search margins"]["backward"] == 120 * 8 * CLASSES
+    assert costs["search perturbations"]["backward"] == 60 * 4 * aims
+    assert costs["search margins"]["backward"] == 60 * 4 * CLASSES
     assert costs["recover"]["backward"] == 20 * 48
     # 3 colours, 25 places of the one size that 7 pixels allow for, twice; and what came before the first report.
     judged = 16 * (1 + aims)
     assert costs["search squares"]["forward"] <= 3 * 2 * 25 * 32 + judged
     # 200 steps of 32 images on two models together and on one alone.
     assert costs["search trigger"]["backward"] == 200 * 32 * (2 + 1)
-    assert IMAGES["backward"] <= 45_000
-    assert IMAGES["forward"] <= 50_000
+    assert IMAGES["backward"] <= 29_000
+    assert IMAGES["forward"] <= 35_000
 
 
 def test_a_repair(network: nn.Module) -> None:
@@ -90,10 +90,10 @@ def test_a_repair(network: nn.Module) -> None:
     costs = stages.costs
     before, after = searches(3, CLASSES, 8), searches(3, CLASSES, 0)
     head_start = 60 * 8 * 9  # three of each kind
-    assert costs["search perturbations"]["backward"] == 100 * 8 * (before + after) + head_start
-    assert costs["search margins"]["backward"] == 2 * 120 * 8 * CLASSES
-    assert IMAGES["backward"] <= 75_000
-    assert IMAGES["forward"] <= 87_000
+    assert costs["search perturbations"]["backward"] == 60 * 4 * (before + after) + head_start
+    assert costs["search margins"]["backward"] == 2 * 60 * 4 * CLASSES
+    assert IMAGES["backward"] <= 50_000
+    assert IMAGES["forward"] <= 62_000
 
 
 def test_a_clean_model_costs_no_more_than_the_looking(network: nn.Module) -> None:
@@ -103,5 +103,5 @@ def test_a_clean_model_costs_no_more_than_the_looking(network: nn.Module) -> Non
     result = db.repair(network, images(), device="cpu", precision="fp32", progress=stages)
     assert not result.changed
     assert "relearn" not in stages.costs
-    assert stages.costs["search perturbations"]["backward"] == 100 * 8 * searches(3, CLASSES, 8)
-    assert IMAGES["backward"] <= 28_000
+    assert stages.costs["search perturbations"]["backward"] == 60 * 4 * searches(3, CLASSES, 8)
+    assert IMAGES["backward"] <= 12_000

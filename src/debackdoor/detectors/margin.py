@@ -35,9 +35,9 @@ class MarginSettings:
         batch_size: images that go through the model at once.
     """
 
-    steps: int = 120
-    lr: float = 0.05
-    starts: int = 8
+    steps: int = 60
+    lr: float = 0.1
+    starts: int = 4
     batch_size: int = 128
 
     def __post_init__(self) -> None:

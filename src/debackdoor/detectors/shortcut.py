@@ -18,7 +18,10 @@ from debackdoor.detectors.universal import AWAY, Aim, UniversalSearch, aims_at, 
 from debackdoor.models.forward import accuracy, predict
 from debackdoor.types import CleanSet, Progress
 
-STEPS, AWAY_STARTS = 100, 8
+STEPS, IMAGES = 60, 4
+"""Steps of the search, and images a perturbation in each of them."""
+
+AWAY_STARTS = 8
 """Patches that lead away start several times: not every start finds an all-to-all backdoor."""
 
 
@@ -80,7 +83,7 @@ def find_shortcuts(
         progress: called after every step.
     """
     search = UniversalSearch([*aims_at(labels), *patches_away(away)], fit.x, Sizes(), seed)
-    search.run(model, fit, steps, precision=precision, progress=progress)
+    search.run(model, fit, steps, IMAGES, precision=precision, progress=progress)
     rates: dict[str, dict[int, float]] = {kind.kind: {} for kind in KINDS}
     patterns: dict[int, Tensor] = {}
     most = gathered = 0.0
