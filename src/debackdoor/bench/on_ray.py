@@ -1,0 +1,115 @@
+"""Runs a function on many items as Ray tasks, on this machine or a cluster: https://docs.ray.io."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from debackdoor.bench.work import Outcome, check_retries, error_of, in_one_line
+from debackdoor.errors import DebackdoorError, MissingDependencyError, check_positive
+
+T = TypeVar("T")
+
+_IN_FLIGHT = 1000
+"""As many tasks are with Ray at once where no number of workers is given."""
+
+
+def run_ray(
+    work: Callable[[T], None],
+    items: Sequence[T],
+    *,
+    address: str | None = None,
+    workers: int | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
+    retries: int = 1,
+) -> Iterator[Outcome[T]]:
+    """Runs ``work`` on every item as Ray tasks.
+
+    Every machine of the cluster needs this package, and the files that ``work`` reads and writes under the same paths.
+
+    Args:
+        work, items, retries: see :func:`execute`.
+        address: of a cluster, as ``ray.init`` takes it; None starts one on this machine and stops it at the end.
+        workers: as many tasks are under way at once; None leaves that to Ray.
+        cpus, gpus: what Ray sets aside for each task, which gets as many threads as processors.
+    """
+    check_positive(cpus=cpus, workers=workers)
+    check_retries(retries)
+    if gpus < 0:
+        raise DebackdoorError(f"expected gpus of at least 0, got {gpus}; correct it")
+    return _run_ray(_import_ray(), pickle.dumps(work), items, address, workers, cpus, gpus, retries)
+
+
+def _import_ray() -> Any:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"expected the library ray, got an error ({error}); pip install 'debackdoor[bench]'"
+        ) from error
+    return ray
+
+
+def _run_ray(
+    ray: Any,
+    pickled: bytes,
+    items: Sequence[T],
+    address: str | None,
+    workers: int | None,
+    cpus: float,
+    gpus: float,
+    retries: int,
+) -> Iterator[Outcome[T]]:
+    started = not ray.is_initialized()
+    if started:
+        _start(ray, address, None if workers is None else math.ceil(workers * cpus), retries)
+    waiting, running = deque(range(len(items))), dict[Any, int]()
+    try:
+        _check_resources(ray, cpus, gpus)
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(error_of)
+        while waiting or running:
+            while waiting and len(running) < (workers or _IN_FLIGHT):
+                number = waiting.popleft()
+                running[task.remote(pickled, max(1, int(cpus)), items[number])] = number
+            for reference in ray.wait(list(running))[0]:
+                number = running.pop(reference)
+                try:
+                    error = ray.get(reference)
+                except ray.exceptions.RayError as lost:
+                    error = f"the worker process was lost: {in_one_line(lost)}"
+                yield Outcome(items[number], error)
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        if started:
+            ray.shutdown()
+
+
+def _start(ray: Any, address: str | None, cpus: int | None, retries: int) -> None:
+    """Connects to a cluster, or starts one; it says nothing on the terminal, and needs no network of its own."""
+    own: dict[str, Any] = {} if address else {"num_cpus": cpus, "_system_config": {"task_oom_retries": retries}}
+    try:
+        ray.init(
+            address=address or "local",
+            include_dashboard=None if address else False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **own,
+        )
+    except Exception as error:  # of many classes, by what failed
+        where = f"a Ray cluster at {address}" if address else "Ray to start on this machine"
+        raise DebackdoorError(f"expected {where}, got an error ({in_one_line(error)}); check ray status") from error
+
+
+def _check_resources(ray: Any, cpus: float, gpus: float) -> None:
+    """Ray waits for a machine that is large enough, for ever if need be: says so where there is none yet."""
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(found.get("CPU", 0) >= cpus and found.get("GPU", 0) >= gpus for found in machines):
+        logging.getLogger(__name__).warning("waiting for a machine in the cluster with %g CPUs and %g GPUs", cpus, gpus)

@@ -1,0 +1,54 @@
+"""What working on one item means, wherever it is done."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from debackdoor.errors import DebackdoorError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What became of an item.
+
+    Attributes:
+        item: the one that was given.
+        error: why it failed, in one line; None where ``work(item)`` returned.
+    """
+
+    item: T
+    error: str | None
+
+
+def error_of(pickled: bytes, threads: int, item: Any) -> str | None:
+    """Works on an item, in a process of its own, and returns its error."""
+    try:
+        import torch
+
+        torch.set_num_threads(threads)
+        pickle.loads(pickled)(item)
+    except (Exception, SystemExit) as error:
+        return in_one_line(error)
+    return None
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error for a record: its own sentence where it is one of this package, else with its class in front."""
+    text = " ".join(str(error).split())
+    if isinstance(error, DebackdoorError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def check_retries(retries: int) -> None:
+    """Checks how often an item may be tried again.
+
+    Raises:
+        DebackdoorError: if it is a negative number.
+    """
+    if retries < 0:
+        raise DebackdoorError(f"expected retries of at least 0, got {retries}; correct it")
