@@ -6,7 +6,7 @@ than its own item with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Literal, TypeVar
 
 from debackdoor.bench.local import run_local
@@ -29,7 +29,7 @@ def execute(
     address: str | None = None,
     gpus: float = 0,
     retries: int = 1,
-) -> Iterator[Outcome[T]]:
+) -> Generator[Outcome[T], None, None]:
     """Runs ``work`` on every item, by :func:`run_local` or :func:`run_ray`, and yields outcomes as items finish.
 
     Args:

@@ -9,7 +9,7 @@ import pickle
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ _PATIENCE = 5.0
 
 def run_local(
     work: Callable[[T], None], items: Sequence[T], *, workers: int = 1, threads: int = 1, retries: int = 1
-) -> Iterator[Outcome[T]]:
+) -> Generator[Outcome[T], None, None]:
     """Runs ``work`` on every item in processes of this machine; each keeps its process, and what it cached, to the end.
 
     Closing the iterator, or an exception such as KeyboardInterrupt in its reader, ends the processes at once.
@@ -38,7 +38,9 @@ def run_local(
     return _run_local(pickle.dumps(work), items, min(workers, len(items)), threads, retries)
 
 
-def _run_local(pickled: bytes, items: Sequence[T], workers: int, threads: int, retries: int) -> Iterator[Outcome[T]]:
+def _run_local(
+    pickled: bytes, items: Sequence[T], workers: int, threads: int, retries: int
+) -> Generator[Outcome[T], None, None]:
     waiting, deaths = deque(range(len(items))), [0] * len(items)
     crew: dict[Connection, _Worker] = {}
     try:
@@ -118,7 +120,6 @@ class _Worker:
 def _serve(pipe: Connection, pickled: bytes, threads: int) -> None:
     """What a process does: one item after the other, until nobody sends any."""
     _end_with_parent()
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # before the libraries that read it are imported
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             pipe.send(error_of(pickled, threads, pipe.recv()))

@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 from debackdoor.bench.work import Outcome, check_retries, error_of, in_one_line
@@ -28,7 +28,7 @@ def run_ray(
     cpus: float = 1,
     gpus: float = 0,
     retries: int = 1,
-) -> Iterator[Outcome[T]]:
+) -> Generator[Outcome[T], None, None]:
     """Runs ``work`` on every item as Ray tasks.
 
     Every machine of the cluster needs this package, and the files that ``work`` reads and writes under the same paths.
@@ -66,7 +66,7 @@ def _run_ray(
     cpus: float,
     gpus: float,
     retries: int,
-) -> Iterator[Outcome[T]]:
+) -> Generator[Outcome[T], None, None]:
     started = not ray.is_initialized()
     if started:
         _start(ray, address, None if workers is None else math.ceil(workers * cpus), retries)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import sys
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -26,11 +28,12 @@ class Outcome(Generic[T]):
 
 def error_of(pickled: bytes, threads: int, item: Any) -> str | None:
     """Works on an item, in a process of its own, and returns its error."""
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # what libraries go by that are not imported yet
     try:
-        import torch
-
-        torch.set_num_threads(threads)
-        pickle.loads(pickled)(item)
+        work = pickle.loads(pickled)
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
+        work(item)
     except (Exception, SystemExit) as error:
         return in_one_line(error)
     return None

@@ -10,6 +10,7 @@ import typer
 
 from debackdoor import __version__
 from debackdoor.cli.attack import attack
+from debackdoor.cli.bench import bench
 from debackdoor.cli.demo import demo
 from debackdoor.cli.detect import detect
 from debackdoor.cli.evaluate import evaluate
@@ -24,6 +25,7 @@ app = typer.Typer(name="debackdoor", add_completion=False, rich_markup_mode=None
 for _command in (scan, repair, detect, evaluate, attack, demo):
     app.command()(_command)
 app.add_typer(zoo, name="zoo")
+app.add_typer(bench, name="bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,179 @@
+"""One cell to one record: a defence repairs a model, which is measured before and after.
+
+The defence gets the model and the clean images alone; the trigger is used on the finished model.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from debackdoor.attacks import load_trigger
+from debackdoor.bench.cells import Cell
+from debackdoor.bench.memory import PeakMemory
+from debackdoor.bench.methods import METHODS
+from debackdoor.bench.records import RATES, SCHEMA
+from debackdoor.data import load_clean, load_dataset
+from debackdoor.defenses import FineTuning
+from debackdoor.errors import DataError
+from debackdoor.evaluation import Evaluation, accuracy, defence_effectiveness, evaluate
+from debackdoor.models import load_model
+from debackdoor.runtime import resolve_device, versions
+from debackdoor.types import CleanSet, RepairResult
+from debackdoor.zoo import CLEAN, Card, read_card, trigger_of, weights_of
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all cells of a bench have in common.
+
+    Attributes:
+        zoo: the folder of the models.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        fine_tune: whether a repaired model is fine-tuned by its new owner and measured again.
+    """
+
+    zoo: Path
+    device: str = "auto"
+    fine_tune: bool = False
+
+
+def measure(settings: Settings, cell: Cell) -> dict[str, Any]:
+    """Repairs one model and measures it before and after.
+
+    Raises:
+        DebackdoorError: if a file is missing, there are too few images, or the method does not suit the model.
+    """
+    card = read_card(settings.zoo / f"{cell.model}.json")
+    device = resolve_device(settings.device)
+    clean = load_clean(card.dataset, limit=cell.clean_images, seed=cell.seed).to(device)
+    if len(clean) < cell.clean_images:
+        raise DataError(f"{card.dataset}: expected {cell.clean_images} clean images, got {len(clean)}; ask for fewer")
+    before = _rates_before(settings, cell.model)
+    model = load_model(weights_of(settings.zoo, card.name), card.arch).to(device)
+    memory = PeakMemory(device)
+    started, worked = time.perf_counter(), time.process_time()
+    result = METHODS[cell.defense].run(model, clean, cell.seed)
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
+    used = memory.record()
+    rates = {"before": before, "after": _rates(result.model, settings, card)}
+    if settings.fine_tune and result.changed:
+        tuned = FineTuning(lr=0.01, epochs=20, seed=cell.seed)(result.model, clean)
+        rates["fine_tuned"] = _rates(tuned.model, settings, card)
+    return {
+        **_head(cell, card),
+        **{rate: {when: getattr(found, rate) for when, found in rates.items()} for rate in RATES},
+        "der": _effectiveness(before, rates["after"]),
+        "seconds": round(seconds, 3),
+        "cpu_seconds": round(cpu_seconds, 3),
+        **used,
+        **_said(result),
+        **_made_by(device),
+        "error": None,
+    }
+
+
+def failed(settings: Settings, cell: Cell, error: str) -> dict[str, Any]:
+    """The record of a cell that could not be measured: everything that would have been is null."""
+    nothing = {rate: {"before": None, "after": None} for rate in RATES}
+    numbers = ("der", "seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib", "changed", "channels_pruned")
+    return {
+        **_head(cell, read_card(settings.zoo / f"{cell.model}.json")),
+        **nothing,
+        **dict.fromkeys(numbers),
+        "steps": [],
+        "verification": None,
+        **_made_by(resolve_device(settings.device)),
+        "error": error,
+    }
+
+
+@dataclass(frozen=True)
+class _CleanRates:
+    """What there is to measure of a model without a backdoor."""
+
+    clean_accuracy: float
+    attack_success_rate: None = None
+    robust_accuracy: None = None
+
+
+def _rates(model: nn.Module, settings: Settings, card: Card) -> Evaluation | _CleanRates:
+    test = _test_images(card.dataset)
+    if card.attack == CLEAN:
+        return _CleanRates(accuracy(model, test))
+    return evaluate(model, test, load_trigger(trigger_of(settings.zoo, card.name)))
+
+
+def _effectiveness(before: Evaluation | _CleanRates, after: Evaluation | _CleanRates) -> float | None:
+    if isinstance(before, Evaluation) and isinstance(after, Evaluation):
+        return defence_effectiveness(before, after)
+    return None
+
+
+# Each process keeps what its next cells need again; they come model by model.
+@lru_cache(maxsize=1)
+def _test_images(dataset: str) -> CleanSet:
+    return load_dataset(dataset, "test")
+
+
+@lru_cache
+def _rates_before(settings: Settings, name: str) -> Evaluation | _CleanRates:
+    card = read_card(settings.zoo / f"{name}.json")
+    model = load_model(weights_of(settings.zoo, name), card.arch)
+    return _rates(model.to(resolve_device(settings.device)), settings, card)
+
+
+def _head(cell: Cell, card: Card) -> dict[str, Any]:
+    """What is known before anything is measured."""
+    method = METHODS[cell.defense]
+    return {
+        "schema": SCHEMA,
+        "model": card.name,
+        **{name: getattr(card, name) for name in ("attack", "dataset", "arch", "target", "mode", "sha256")},
+        "defense": cell.defense,
+        "defense_parameters": dict(method.parameters),
+        "blind": method.blind,
+        "seed": cell.seed,
+        "clean_images": cell.clean_images,
+    }
+
+
+def _said(result: RepairResult) -> dict[str, Any]:
+    """What the defence says of its own work."""
+    return {
+        "changed": result.changed,
+        "channels_pruned": len(result.plan),
+        "steps": [asdict(step) for step in result.steps],
+        "verification": None if result.verification is None else asdict(result.verification),
+    }
+
+
+def _made_by(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"device": name, "threads": torch.get_num_threads(), "versions": versions(), "commit": commit()}
+
+
+@lru_cache(maxsize=1)
+def commit() -> str | None:
+    """The git commit of this package's source, marked where that was changed since; None outside its repository."""
+    folder = Path(__file__).parent
+    # An installed package may lie in a folder of someone else's repository, which does not track it.
+    for command in (("ls-files", "--error-unmatch", "measure.py"), ("describe", "--always", "--dirty", *_WHOLE)):
+        try:
+            ran = subprocess.run(("git", *command), cwd=folder, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    return ran.stdout.strip()
+
+
+_WHOLE = ("--abbrev=40", "--exclude=*")

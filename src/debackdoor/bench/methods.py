@@ -1,0 +1,55 @@
+"""The defences that the bench knows by name, each with its settings. A new one is one more line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from debackdoor.defenses import RNP, Defense, FineTuning
+from debackdoor.repair import repair
+from debackdoor.types import CleanSet, RepairResult
+
+BUDGET = 0.02
+"""How far accuracy on the clean images may fall, for every method that has a level to choose."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A defence with its settings.
+
+    Attributes:
+        run: takes the suspect model, the clean set on its device, and a seed.
+        parameters: the settings, for the record.
+        blind: whether the clean set alone sets how far the method goes; False for a level that was published with it,
+            since that was found with the trigger at hand.
+    """
+
+    run: Callable[[nn.Module, CleanSet, int], RepairResult]
+    parameters: Mapping[str, Any]
+    blind: bool = True
+
+
+def _preset(defense: Defense, *, blind: bool = True) -> Method:
+    """A defence as it is, but for the seed."""
+    parameters = {name: value for name, value in asdict(defense).items() if name != "seed"}
+    return Method(lambda model, clean, seed: replace(defense, seed=seed)(model, clean), parameters, blind)
+
+
+def _repair(model: nn.Module, clean: CleanSet, seed: int) -> RepairResult:
+    device = next((str(parameter.device.type) for parameter in model.parameters()), "cpu")
+    return repair(model, clean, BUDGET, seed=seed, device=device)
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "rnp": Method(_repair, {"budget": BUDGET}),
+        "rnp-published-0.2": _preset(RNP.published(0.2), blind=False),
+        "rnp-published-0.7": _preset(RNP.published(0.7), blind=False),
+        "ft-0.01": _preset(FineTuning(lr=0.01)),
+        "ft-0.05": _preset(FineTuning(lr=0.05)),
+    }
+)

@@ -1,0 +1,135 @@
+"""The page of a comparison: the ranking, and the whole matrix of models and defences as a heat map."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from debackdoor import __version__
+from debackdoor.bench.tables import Comparison, Record, accuracy_lost, in_words, place_of, points
+from debackdoor.errors import MissingDependencyError
+
+_STEPS = 10
+"""So many shades the heat map has above its lowest."""
+
+
+@dataclass(frozen=True)
+class _Square:
+    """One model and one defence: means over what there is.
+
+    Attributes:
+        main: what is shown large.
+        small: what is shown below it.
+        value: what it is sorted by; lower than all others where nothing was measured.
+        shade: 0 to 10, from bad to good; None for no colour.
+        partial: whether a record of it is not part of the ranking.
+    """
+
+    main: str
+    small: str
+    value: float
+    shade: int | None
+    partial: bool = False
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One model of the matrix, and its squares in the order of the ranking."""
+
+    model: str
+    about: str
+    squares: Sequence[_Square]
+
+
+_EMPTY = _Square("-", "not tried", -1.0, None)
+
+
+def to_html(comparison: Comparison) -> str:
+    """One self-contained page; its only script sorts the tables, and nothing has to be fetched.
+
+    Raises:
+        MissingDependencyError: if jinja2 does not import.
+    """
+    template, script = _template()
+    defenses = [row.defense for row in comparison.rows]
+    return template.render(
+        note=comparison.note,
+        ranking=[in_words(row) for row in comparison.rows],
+        defenses=defenses,
+        backdoored=_lines(comparison, defenses, clean=False),
+        clean=_lines(comparison, defenses, clean=True),
+        shades=list(range(_STEPS + 1)),
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
+        version=__version__,
+    )
+
+
+def _lines(comparison: Comparison, defenses: Sequence[str], clean: bool) -> list[_Line]:
+    found: dict[str, dict[str, list[Record]]] = {}
+    for record in comparison.records:
+        if (record["attack"] == "clean") == clean:
+            found.setdefault(record["model"], {}).setdefault(record["defense"], []).append(record)
+    shared = comparison.shared_clean if clean else comparison.shared
+    lines = []
+    for model, by_defense in sorted(found.items()):
+        first = next(iter(by_defense.values()))[0]
+        about = f"{first['attack']}, {first.get('dataset', '-')}, {first.get('arch', '-')}"
+        squares = [_square(by_defense.get(name, ()), shared, clean) for name in defenses]
+        lines.append(_Line(model, about, squares))
+    return lines
+
+
+def _square(records: Sequence[Record], shared: frozenset[Any], clean: bool) -> _Square:
+    good = [record for record in records if record["error"] is None]
+    if not good:
+        return _Square("failed", records[0]["error"], -0.5, None, partial=True) if records else _EMPTY
+    partial = len(good) < len(records) or any(place_of(record) not in shared for record in good)
+    lost = statistics.fmean(map(accuracy_lost, good))
+    if clean:
+        # Five points lost are as bad as it gets here.
+        return _Square(points(lost), _times(good), -lost, _shade(1 - lost / 0.05), partial)
+    der = statistics.fmean(record["der"] for record in good)
+    success = statistics.fmean(record["attack_success_rate"]["after"] for record in good)
+    small = f"ASR {points(success)}, CA lost {points(lost)}"
+    return _Square(f"{der:.3f}", small, der, _shade(2 * der - 1), partial)
+
+
+def _times(records: Sequence[Record]) -> str:
+    changed = sum(bool(record.get("changed")) for record in records)
+    return f"changed {changed} of {len(records)}"
+
+
+def _shade(share: float) -> int:
+    """The shade of a share from 0, bad, to 1, good."""
+    return round(_STEPS * min(1.0, max(0.0, share)))
+
+
+def check_libraries() -> None:
+    """Checks, before any work, that what a page is made with is there.
+
+    Raises:
+        MissingDependencyError: if jinja2 does not import.
+    """
+    _template()
+
+
+def _template() -> tuple[Any, Any]:
+    try:
+        import jinja2
+        import markupsafe
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"expected the library jinja2 for a page, got an error ({error}); pip install 'debackdoor[bench]'"
+        ) from error
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    folder = files("debackdoor.bench")
+    text, script = ((folder / name).read_text(encoding="utf-8") for name in ("matrix.html.jinja", "sort.js"))
+    return environment.from_string(text), markupsafe.Markup(script)

@@ -1,0 +1,135 @@
+"""Measures the cells of a bench: finished ones are skipped, failed ones recorded with their error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from debackdoor.bench.cells import Cell, Matrix
+from debackdoor.bench.executors import Executor, Outcome, execute
+from debackdoor.bench.measure import Record, Settings, failed, measure
+from debackdoor.bench.methods import METHODS
+from debackdoor.bench.records import as_read, read_record
+from debackdoor.errors import DebackdoorError
+from debackdoor.files import atomic_write_text
+from debackdoor.runtime import resolve_device
+
+Measure = Callable[[Settings, Cell], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A cell of a bench that has its record.
+
+    Attributes:
+        cell: which.
+        record: what was measured, or the error.
+        number: how many cells have theirs, with this one.
+        total: how many cells the bench has.
+        kept: whether the record was there already.
+    """
+
+    cell: Cell
+    record: Record
+    number: int
+    total: int
+    kept: bool
+
+
+def run(
+    matrix: Matrix,
+    out: str | Path,
+    *,
+    retry_failed: bool = False,
+    device: str = "auto",
+    fine_tune: bool = False,
+    executor: Executor = "local",
+    workers: int = 1,
+    threads: int = 1,
+    address: str | None = None,
+    gpus: float = 0,
+    measure: Measure = measure,
+) -> Generator[Finished, None, None]:
+    """Measures every cell of a matrix that has no record in ``out`` yet, and yields all of them as they are ready.
+
+    Args:
+        matrix: what to measure.
+        out: the folder for the records, made where it is missing.
+        retry_failed: whether cells whose record is an error are measured again.
+        device, fine_tune: see ``Settings``.
+        executor, workers, threads, address, gpus: see ``execute``.
+        measure: takes the settings and a cell to its record.
+
+    Raises:
+        DebackdoorError: before any work, if a name is unknown, or a record in ``out`` is damaged, or that of another
+            model or other parameters.
+    """
+    resolve_device(device)
+    settings = Settings(matrix.zoo.absolute(), device, fine_tune)
+    out = Path(out).absolute()
+    cells, hashes = matrix.cells(), {card.name: card.sha256 for card in matrix.cards()}
+    found = {cell: record for cell in cells if (record := _found(out, cell, hashes[cell.model])) is not None}
+    kept = {cell: record for cell, record in found.items() if not (retry_failed and record["error"] is not None)}
+    missing = [cell for cell in cells if cell not in kept]
+    outcomes = execute(
+        partial(_work, measure, settings, out),
+        missing,
+        executor=executor,
+        workers=workers,
+        threads=threads,
+        address=address,
+        gpus=gpus,
+    )
+    for cell in missing:
+        (out / cell.file).parent.mkdir(parents=True, exist_ok=True)
+    return _all(kept, outcomes, settings, out, len(cells))
+
+
+def _all(
+    kept: dict[Cell, Record], outcomes: Generator[Outcome[Cell], None, None], settings: Settings, out: Path, total: int
+) -> Generator[Finished, None, None]:
+    for number, (cell, record) in enumerate(kept.items(), 1):
+        yield Finished(cell, record, number, total, kept=True)
+    with closing(outcomes):
+        for number, outcome in enumerate(outcomes, len(kept) + 1):
+            if outcome.error is not None:
+                _write(out / outcome.item.file, failed(settings, outcome.item, outcome.error))
+            yield Finished(outcome.item, read_record(out / outcome.item.file), number, total, kept=False)
+
+
+def _work(measure: Measure, settings: Settings, out: Path, cell: Cell) -> None:
+    _write(out / cell.file, measure(settings, cell))
+
+
+def _write(path: Path, record: Record) -> None:
+    atomic_write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def _found(out: Path, cell: Cell, sha256: str) -> Record | None:
+    """The cell's record, if it has one.
+
+    Raises:
+        DebackdoorError: if it is damaged, or was made of another model or with other parameters.
+    """
+    path = out / cell.file
+    if not path.exists():
+        return None
+    record = read_record(path)
+    wanted = {**vars(cell), "sha256": sha256, "defense_parameters": as_read(METHODS[cell.defense].parameters)}
+    for name, value in wanted.items():
+        if record.get(name) != value:
+            raise DebackdoorError(
+                f"{path}: expected a record with {name} {value!r}, got one with {record.get(name)!r}; delete it, or "
+                "give another folder"
+            )
+    return record
+
+
+def failures(finished: Sequence[Finished]) -> list[Finished]:
+    """Those whose record is an error."""
+    return [item for item in finished if item.record["error"] is not None]

@@ -1,0 +1,21 @@
+for (const table of document.querySelectorAll("table.sortable")) {
+  const heads = [...table.tHead.rows[0].cells];
+  heads.forEach((head, column) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(...head.childNodes);
+    head.append(button);
+    button.addEventListener("click", () => {
+      // Names begin with a, numbers with the largest; a second click turns that round.
+      const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent.trim();
+      const rows = [...table.tBodies[0].rows];
+      const numeric = rows.every(row => value(row) !== "" && !isNaN(value(row)));
+      const before = head.getAttribute("aria-sort");
+      const up = before === null ? !numeric : before === "descending";
+      rows.sort((a, b) => (numeric ? value(a) - value(b) : value(a).localeCompare(value(b))) * (up ? 1 : -1));
+      heads.forEach(other => other.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", up ? "ascending" : "descending");
+      table.tBodies[0].append(...rows);
+    });
+  });
+}
