@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import pickle
+import socket
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
@@ -14,6 +15,9 @@ from debackdoor.bench.work import Outcome, check_retries, error_of, in_one_line
 from debackdoor.errors import DebackdoorError, MissingDependencyError, check_positive
 
 T = TypeVar("T")
+
+_PATIENCE = 10.0
+"""Seconds that a cluster gets to answer."""
 
 _IN_FLIGHT = 1000
 """As many tasks are with Ray at once where no number of workers is given."""
@@ -96,6 +100,8 @@ def _start(ray: Any, address: str | None, cpus: int | None, retries: int) -> Non
     """Connects to a cluster, or starts one; it says nothing on the terminal, and needs no network of its own."""
     own: dict[str, Any] = {} if address else {"num_cpus": cpus, "_system_config": {"task_oom_retries": retries}}
     try:
+        if address:
+            _check_reached(address)
         ray.init(
             address=address or "local",
             include_dashboard=None if address else False,
@@ -105,7 +111,19 @@ def _start(ray: Any, address: str | None, cpus: int | None, retries: int) -> Non
         )
     except Exception as error:  # of many classes, by what failed
         where = f"a Ray cluster at {address}" if address else "Ray to start on this machine"
-        raise DebackdoorError(f"expected {where}, got an error ({in_one_line(error)}); check ray status") from error
+        way_out = "check the address" if address else "try again when the machine has less to do"
+        raise DebackdoorError(f"expected {where}, got an error ({in_one_line(error)}); {way_out}") from error
+
+
+def _check_reached(address: str) -> None:
+    """Ray itself tries for minutes to reach a machine that does not answer.
+
+    Raises:
+        OSError: if none does.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
 
 
 def _check_resources(ray: Any, cpus: float, gpus: float) -> None:

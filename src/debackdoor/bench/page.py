@@ -24,14 +24,14 @@ class _Square:
 
     Attributes:
         main: what is shown large.
-        small: what is shown below it.
+        small: what is shown below it, line by line.
         value: what it is sorted by; lower than all others where nothing was measured.
         shade: 0 to 10, from bad to good; None for no colour.
         partial: whether a record of it is not part of the ranking.
     """
 
     main: str
-    small: str
+    small: tuple[str, ...]
     value: float
     shade: int | None
     partial: bool = False
@@ -46,7 +46,7 @@ class _Line:
     squares: Sequence[_Square]
 
 
-_EMPTY = _Square("-", "not tried", -1.0, None)
+_EMPTY = _Square("-", ("not tried",), -1.0, None)
 
 
 def to_html(comparison: Comparison) -> str:
@@ -88,15 +88,15 @@ def _lines(comparison: Comparison, defenses: Sequence[str], clean: bool) -> list
 def _square(records: Sequence[Record], shared: frozenset[Any], clean: bool) -> _Square:
     good = [record for record in records if record["error"] is None]
     if not good:
-        return _Square("failed", records[0]["error"], -0.5, None, partial=True) if records else _EMPTY
+        return _Square("failed", (records[0]["error"],), -0.5, None, partial=True) if records else _EMPTY
     partial = len(good) < len(records) or any(place_of(record) not in shared for record in good)
     lost = statistics.fmean(map(accuracy_lost, good))
     if clean:
         # Five points lost are as bad as it gets here.
-        return _Square(points(lost), _times(good), -lost, _shade(1 - lost / 0.05), partial)
+        return _Square(points(lost), (_times(good),), -lost, _shade(1 - lost / 0.05), partial)
     der = statistics.fmean(record["der"] for record in good)
     success = statistics.fmean(record["attack_success_rate"]["after"] for record in good)
-    small = f"ASR {points(success)}, CA lost {points(lost)}"
+    small = (f"ASR {points(success)}", f"CA lost {points(lost)}")
     return _Square(f"{der:.3f}", small, der, _shade(2 * der - 1), partial)
 
 
