@@ -93,7 +93,7 @@ def test_an_interrupted_run_says_how_far_it_is(shell: Shell, small_zoo: Zoo, her
         (("run", "no.toml", "--out", "OUT"), 2, "no.toml: expected a matrix, got an error"),
         (("run", "--out", "OUT", "--zoo", "nowhere"), 2, "nowhere: expected a folder with a zoo's cards, got none"),
         (("run", "--out", "OUT", "--zoo", "ZOO", "--model", "x"), 2, "expected models out of clean-1, patch, shifted"),
-        (("run", "--out", "OUT", "--zoo", "ZOO", "--defense", "x"), 2, "expected defences out of rnp"),
+        (("run", "--out", "OUT", "--zoo", "ZOO", "--defense", "x"), 2, "expected defenses out of rnp"),
         (("run", "--out", "OUT", "--zoo", "ZOO", "--seed", "-1"), 2, "expected seeds of at least 0, got -1"),
         (("table",), 4, "'DIRS...'"),
         (("table", "OUT"), 2, "expected a folder with records, got none"),

@@ -223,12 +223,12 @@ def test_ray_gives_the_same_records_as_this_machine(zoo: Path, tmp_path: Path) -
     pytest.importorskip("ray", reason="the library ray is not installed")
     cells = Matrix(zoo=zoo, models=["patch", "clean-1"], defenses=["ft-0.01"], seeds=[0], clean_images=[60])
     found = []
-    for executor, workers in (("local", 1), ("local", 2), ("ray", 2)):
+    for executor, workers in (("local", 1), ("ray", 2)):
         out = tmp_path / f"{executor}-{workers}"
         done = list(run(cells, out, executor=executor, workers=workers, device="cpu"))  # type: ignore[arg-type]
         assert all(item.record["error"] is None for item in done)
         found.append({item.cell: {**item.record, **dict.fromkeys(SECONDS)} for item in done})
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     assert len(found[0]) == 2
     again = list(run(replace(cells, seeds=[0]), tmp_path / "ray-2"))
     assert all(item.kept for item in again)

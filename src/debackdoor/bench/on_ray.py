@@ -19,6 +19,9 @@ T = TypeVar("T")
 _PATIENCE = 10.0
 """Seconds that a cluster gets to answer."""
 
+_STARTS = 3
+"""How often Ray is started: it gives itself half a minute, which on a busy machine may be too short."""
+
 _IN_FLIGHT = 1000
 """As many tasks are with Ray at once where no number of workers is given."""
 
@@ -99,20 +102,25 @@ def _run_ray(
 def _start(ray: Any, address: str | None, cpus: int | None, retries: int) -> None:
     """Connects to a cluster, or starts one; it says nothing on the terminal, and needs no network of its own."""
     own: dict[str, Any] = {} if address else {"num_cpus": cpus, "_system_config": {"task_oom_retries": retries}}
-    try:
-        if address:
-            _check_reached(address)
-        ray.init(
-            address=address or "local",
-            include_dashboard=None if address else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **own,
-        )
-    except Exception as error:  # of many classes, by what failed
-        where = f"a Ray cluster at {address}" if address else "Ray to start on this machine"
-        way_out = "check the address" if address else "try again when the machine has less to do"
-        raise DebackdoorError(f"expected {where}, got an error ({in_one_line(error)}); {way_out}") from error
+    tries = 1 if address else _STARTS
+    for number in range(1, tries + 1):
+        try:
+            if address:
+                _check_reached(address)
+            ray.init(
+                address=address or "local",
+                include_dashboard=None if address else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **own,
+            )
+            return
+        except Exception as error:  # of many classes, by what failed
+            ray.shutdown()
+            if number == tries:
+                where = f"a Ray cluster at {address}" if address else "Ray to start on this machine"
+                way_out = "check the address" if address else "try again when the machine has less to do"
+                raise DebackdoorError(f"expected {where}, got an error ({in_one_line(error)}); {way_out}") from error
 
 
 def _check_reached(address: str) -> None:
