@@ -95,7 +95,7 @@ def test_an_interrupted_run_says_how_far_it_is(shell: Shell, small_zoo: Zoo, her
         (("run", "--out", "OUT", "--zoo", "ZOO", "--model", "x"), 2, "expected models out of clean-1, patch, shifted"),
         (("run", "--out", "OUT", "--zoo", "ZOO", "--defense", "x"), 2, "expected defenses out of rnp"),
         (("run", "--out", "OUT", "--zoo", "ZOO", "--seed", "-1"), 2, "expected seeds of at least 0, got -1"),
-        (("table",), 4, "'DIRS...'"),
+        (("table",), 4, "'DIRS'"),
         (("table", "OUT"), 2, "expected a folder with records, got none"),
         (("table", "RECORDS", "--defense", "x"), 2, "expected defences out of ours, got 'x'"),
         (("table", "RECORDS", "--html", "/nowhere/a.html"), 2, "/nowhere: expected a folder to write to, got none"),

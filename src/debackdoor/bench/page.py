@@ -17,6 +17,10 @@ from debackdoor.errors import MissingDependencyError
 _STEPS = 10
 """So many shades the heat map has above its lowest."""
 
+_LIGHT = ("f0a58a", "f6f3ee", "93c6ee")
+_DARK = ("80381b", "2a2f36", "135587")
+"""The lowest shade, the one in the middle, and the highest; told apart by those who cannot tell red from green, too."""
+
 
 @dataclass(frozen=True)
 class _Square:
@@ -63,7 +67,8 @@ def to_html(comparison: Comparison) -> str:
         defenses=defenses,
         backdoored=_lines(comparison, defenses, clean=False),
         clean=_lines(comparison, defenses, clean=True),
-        shades=list(range(_STEPS + 1)),
+        light=_colours(*_LIGHT),
+        dark=_colours(*_DARK),
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii"),
         version=__version__,
@@ -108,6 +113,20 @@ def _times(records: Sequence[Record]) -> str:
 def _shade(share: float) -> int:
     """The shade of a share from 0, bad, to 1, good."""
     return round(_STEPS * min(1.0, max(0.0, share)))
+
+
+def _colours(low: str, middle: str, high: str) -> list[str]:
+    """All shades as #rrggbb, evenly from the lowest over the middle to the highest."""
+    half = _STEPS / 2
+    colours = []
+    for shade in range(_STEPS + 1):
+        end, share = (high if shade > half else low), abs(shade - half) / half
+        mixed = (
+            share * one + (1 - share) * other
+            for one, other in zip(bytes.fromhex(end), bytes.fromhex(middle), strict=True)
+        )
+        colours.append("#" + bytes(map(round, mixed)).hex())
+    return colours
 
 
 def check_libraries() -> None:
