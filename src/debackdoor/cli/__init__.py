@@ -16,13 +16,14 @@ from debackdoor.cli.detect import detect
 from debackdoor.cli.evaluate import evaluate
 from debackdoor.cli.repair import repair
 from debackdoor.cli.scan import scan
+from debackdoor.cli.scan_many import scan_many
 from debackdoor.cli.status import USAGE, status_of
 from debackdoor.cli.zoo import zoo
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(name="debackdoor", add_completion=False, rich_markup_mode=None)
-for _command in (scan, repair, detect, evaluate, attack, demo):
+for _command in (scan, scan_many, repair, detect, evaluate, attack, demo):
     app.command()(_command)
 app.add_typer(zoo, name="zoo")
 app.add_typer(bench, name="bench")

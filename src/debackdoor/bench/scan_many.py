@@ -1,0 +1,143 @@
+"""A scan of every model of a manifest: whatever becomes of one, the others are scanned, and nothing is done twice."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, cast
+
+from debackdoor.bench.executors import Executor, Outcome, execute
+from debackdoor.bench.manifest import Entry
+from debackdoor.bench.scan_store import Result, Settings, Store, result_of
+from debackdoor.bench.work import in_one_line
+from debackdoor.data import load_clean
+from debackdoor.errors import DebackdoorError
+from debackdoor.models import open_model
+from debackdoor.report import header, scan_record
+from debackdoor.scan import scan
+from debackdoor.types import CleanSet
+
+_FOUND = re.compile(r"verdict (clean|suspicious|backdoored|inconclusive), but no record")
+_HASHED_AT_ONCE = 8
+
+
+def scan_many(
+    entries: Sequence[Entry],
+    folder: str | Path,
+    settings: Settings,
+    *,
+    retry_failed: bool = False,
+    executor: Executor = "local",
+    workers: int = 1,
+    threads: int = 1,
+    address: str | None = None,
+    gpus: float = 0,
+) -> Generator[Result]:
+    """Scans every model, and yields results as they come: first those of an earlier run that still hold.
+
+    A result holds as long as the checkpoint's SHA-256 and the options are the same, that of a model that could not be
+    scanned, too. Stopped at any time, this loses the scans under way alone.
+
+    Args:
+        entries: of the manifest.
+        folder: gets ``records/NAME.json``, and ``errors/NAME.json`` for what could not be scanned; made if needed.
+        settings: of all scans.
+        retry_failed: try again what could not be scanned.
+        executor, workers, threads, address, gpus: see ``execute``.
+
+    Raises:
+        OSError: if the folder cannot be made.
+        DebackdoorError: if the executor cannot start.
+    """
+    store = Store(Path(folder).absolute(), settings)
+    store.make()
+    todo: list[Entry] = []
+    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+        found = pool.map(partial(store.find, errors=not retry_failed), entries)
+        for entry, result in zip(entries, found, strict=True):
+            if result is None:
+                todo.append(entry)
+            else:
+                yield replace(result, kept=True)
+    if not todo:
+        return
+    outcomes = execute(
+        partial(scan_one, store=store),
+        todo,
+        executor=executor,
+        workers=workers,
+        threads=threads,
+        address=address,
+        gpus=gpus,
+    )
+    # Closed at once where the reader stops, so that no process goes on.
+    with contextlib.closing(cast(Generator[Outcome[Entry]], outcomes)):
+        for outcome in outcomes:
+            yield _result_of(outcome, store)
+
+
+def scan_one(entry: Entry, store: Store) -> None:
+    """Scans one model and writes its record, or that of its error.
+
+    Raises:
+        DebackdoorError: if neither can be written; the message has the verdict, or the error.
+    """
+    began = time.perf_counter()
+    try:
+        record = _scan(entry, store.settings)
+    except (Exception, SystemExit) as error:  # a file may be anything, and the user's own code may raise anything
+        what = in_one_line(error)
+        with _told(what):
+            store.write_error(entry, store.error_record(entry, what, time.perf_counter() - began))
+        return
+    with _told(f"verdict {record['verdict']}"):
+        store.write(entry, record)
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Where a record cannot be written, what it was to say is in the error."""
+    try:
+        yield
+    except OSError as error:
+        why = error.strerror or error
+        raise DebackdoorError(f"{what}, but no record was written: {why}; check the folder and the disk") from error
+
+
+def _scan(entry: Entry, settings: Settings) -> dict[str, Any]:
+    limit, seed = (settings.options(entry)[name] for name in ("limit", "seed"))
+    began = time.perf_counter()
+    loaded = open_model(entry.path, entry.arch, entry.num_classes, entry.mean, entry.std)
+    clean = _clean(entry.clean, limit, seed)
+    ready = time.perf_counter()
+    report = scan(loaded.model, clean, seed=seed, device=settings.device, precision=settings.precision)
+    seconds = {"load": ready - began, "scan": time.perf_counter() - ready}
+    head = header(loaded, data=entry.clean, seed=seed, seconds=seconds)
+    return scan_record(head, report, clean_images=len(clean), fail_on=settings.fail_on)
+
+
+@lru_cache(maxsize=4)
+def _clean(source: str, limit: int | None, seed: int) -> CleanSet:
+    """Loaded once a process: nothing that scans changes the images."""
+    return load_clean(source, limit, seed)
+
+
+def _result_of(outcome: Outcome[Entry], store: Store) -> Result:
+    """What a worker wrote; or its error, where it could not."""
+    entry, error = outcome.item, outcome.error
+    # A process that was lost may have written the record of its scan before.
+    result = store.latest(entry) if error is None else store.find(entry, errors=False)
+    if result is not None:
+        return result
+    error = error or f"expected a record in {store.folder}, got none; give a folder that all workers share"
+    found = _FOUND.match(error)
+    record = store.error_record(entry, error, verdict=found[1] if found else None)
+    with contextlib.suppress(OSError):  # it is told all the same, and the next run scans the model again
+        store.write_error(entry, record)
+    return result_of(entry, record)
