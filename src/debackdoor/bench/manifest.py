@@ -77,6 +77,9 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     read = kinds.get(path.suffix.lower())
     if read is None:
         raise DataError(f"{path}: expected a .csv or .parquet file, got another suffix; rename or convert it")
+    if not path.is_file():
+        got = "a folder or device" if path.exists() else "no such file"
+        raise DataError(f"{path}: expected a manifest of models, got {got}; check the path")
     try:
         table = read(path)
     except (pa.ArrowException, OSError) as error:

@@ -164,7 +164,13 @@ def _say_result(output: Output, result: Result) -> None:
 def _describe(output: Output, results: Sequence[Result], status: int) -> None:
     from debackdoor.bench.overview import counts
 
-    said = ", ".join(f"{number} {kind}" for kind, number in counts(results).items() if number)
+    found = counts(results)
+    said = ", ".join(f"{number} {_plural(kind, number)}" for kind, number in found.items() if number)
     kept = sum(result.kept for result in results)
     earlier = f"; {kept} of them from an earlier run" if kept else ""
-    output.say(f"{len(results)} models: {said}{earlier}", style=_STYLES[status])
+    output.say(f"{len(results)} {_plural('model', len(results))}: {said}{earlier}", style=_STYLES[status])
+
+
+def _plural(word: str, number: int) -> str:
+    """A verdict has none."""
+    return f"{word}s" if word in ("model", "error") and number != 1 else word
