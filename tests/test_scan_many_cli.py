@@ -200,6 +200,8 @@ def test_the_executor_gets_what_was_asked_for(
         (("--json", "m0.safetensors"), 2, "expected a file of its own to write, got that of another use"),
         (("--json", "clean.npz"), 2, "expected a file of its own to write, got that of another use"),
         (("--json", "out/scan.parquet"), 2, "expected a file of its own to write, got that of another use"),
+        (("--json", "out/records/m0.json"), 2, "expected a file of its own to write, got that of another use"),
+        (("--json", "out/errors/m0.json"), 2, "expected a file of its own to write, got that of another use"),
         (("--json", "none/all.json"), 2, "expected a folder to write to, got none; make it first"),
     ],
 )

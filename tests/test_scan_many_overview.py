@@ -77,12 +77,13 @@ def test_types_do_not_depend_on_what_was_found(tmp_path: Path) -> None:
     [
         (["clean"], "No backdoor found in 1 model"),
         (["clean", "clean"], "No backdoor found in 2 models"),
-        (["clean", "inconclusive"], "1 of 2 could not be judged"),
-        (["inconclusive", None, None], "2 of 3 could not be scanned"),
-        (["suspicious", None], "1 of 2 is suspicious"),
-        (["suspicious", "suspicious", "clean"], "2 of 3 are suspicious"),
-        (["clean", "suspicious", "backdoored"], "1 of 3 hides a backdoor"),
-        (["backdoored", "backdoored", None], "2 of 3 hide a backdoor"),
+        (["backdoored"], "1 of 1 model hides a backdoor"),
+        (["clean", "inconclusive"], "1 of 2 models could not be judged"),
+        (["inconclusive", None, None], "2 of 3 models could not be scanned"),
+        (["suspicious", None], "1 of 2 models is suspicious"),
+        (["suspicious", "suspicious", "clean"], "2 of 3 models are suspicious"),
+        (["clean", "suspicious", "backdoored"], "1 of 3 models hides a backdoor"),
+        (["backdoored", "backdoored", None], "2 of 3 models hide a backdoor"),
     ],
 )
 def test_the_worst_stands_on_top(tmp_path: Path, verdicts: list[str | None], title: str) -> None:
@@ -147,7 +148,7 @@ def test_nothing_is_fetched_or_complained_of(browser: Any, page: Path) -> None: 
     show(browser, page)
     assert fetched(browser) == [page.as_uri()]
     assert browser.get_log("browser") == []
-    assert browser.title == "2 of 9 hide a backdoor"
+    assert browser.title == "2 of 9 models hide a backdoor"
 
 
 @needs_browser
@@ -195,7 +196,8 @@ def test_everything_is_seen_and_nothing_overflows(browser: Any, page: Path, widt
     show(browser, page, width)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     boxes = browser.execute_script(
-        "return [...document.querySelectorAll('h1, h2, .counts button, thead button, table, tbody a, .verdict, .found')]"
+        "return [...document.querySelectorAll("
+        "'h1, h2, .counts button, thead button, table, tbody a, .verdict, .found')]"
         ".map(element => element.getBoundingClientRect()).map(box => [box.left, box.right, box.width, box.height])"
     )
     assert len(boxes) == 3 + 5 + 6 + 1 + 3 * 9
@@ -210,7 +212,7 @@ def test_everything_is_seen_and_nothing_overflows(browser: Any, page: Path, widt
 @needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(browser: Any, page: Path, scheme: str, width: int) -> None:  # noqa: F811
+def test_axe_finds_nothing(browser: Any, page: Path, scheme: str, width: int) -> None:  # noqa: F811
     show(browser, page, width, scheme)
     browser.execute_script((Path(axe.__file__).parent / "axe.min.js").read_text(encoding="utf-8"))
     found = browser.execute_async_script(

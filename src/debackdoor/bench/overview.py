@@ -144,10 +144,11 @@ def _page(results: Sequence[Result], command: str) -> str:
 
 
 def _headline(worst: str, number: int, total: int) -> str:
+    models = "model" if total == 1 else "models"
     if worst == "clean":
-        return f"No backdoor found in {total} {'model' if total == 1 else 'models'}"
+        return f"No backdoor found in {total} {models}"
     what = _HEADLINES[worst]
-    return f"{number} of {total} {_PLURALS.get(what, what) if number != 1 else what}"
+    return f"{number} of {total} {models} {_PLURALS.get(what, what) if number != 1 else what}"
 
 
 def _template() -> Any:

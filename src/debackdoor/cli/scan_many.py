@@ -45,7 +45,8 @@ def scan_many(
     ] = ExecutorName.LOCAL,
     workers: Annotated[int | None, typer.Option(min=1, help="Scan so many models at once; by default one.")] = None,
     address: Annotated[
-        str | None, typer.Option(metavar="A", help="The Ray cluster's address; by default one is started here.")
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Address of a Ray cluster; by default one is started on this machine."),
     ] = None,
     json_to: options.JsonTo = None,
     fail_on: Annotated[FailOn, typer.Option(help="The verdict from which on the exit code is 1.")] = FailOn.SUSPICIOUS,
@@ -86,13 +87,14 @@ def scan_many(
     results: dict[str, Result] = {}
     with _findings_stand(results, fail_on, debug):
         with output.stages() as stages:
-            stages.begin("check")
+            stages("scan", 0, len(entries), {})
             scans = scan_all(entries, out, settings, retry_failed=retry_failed, executor=executor.value, **resources)
             with closing(scans):
                 for result in scans:
                     results[result.name] = result
                     _say_result(output, result)
-                    stages("scan", len(results), len(entries), _numbers(results))
+                    # Apart, since what is there already says nothing of the time that the rest takes.
+                    stages("check" if result.kept else "scan", len(results), len(entries), _numbers(results))
         in_order = [results[entry.name] for entry in entries]
         _describe(output, in_order, _status(results, fail_on))
         write_overview(out, in_order, command=shlex.join(context.obj))
@@ -131,7 +133,8 @@ def _check_outputs(output: Output, out: Path, manifest: Path, entries: Sequence[
     if out.is_dir():
         for path in written:
             check_file(path, read, overwrite=True, protect=True)
-    output.check_json([*read, *written])
+    records = [out / kind / f"{entry.name}.json" for entry in entries for kind in ("records", "errors")]
+    output.check_json([*read, *written, *records])
 
 
 def _resources(
