@@ -39,7 +39,7 @@ def test_two_processes_scan_as_one_command_does(registry: Registry, shell: Shell
     ]
     registry.manifest(rows)
     done = shell(*scan_many(registry))
-    assert (done.code, done.err) == (2, "")
+    assert done.code == 2, done.err
     assert "4 models: 2 errors, 1 inconclusive, 1 clean\n" in done.out
     assert registry.files() == {"errors/deadly.json", "errors/cut.json", "records/trained.json", "records/random.json"}
     error = registry.error("deadly")
@@ -80,7 +80,7 @@ def test_a_killed_run_loses_only_what_was_under_way(registry: Registry, shell: S
     before = {path: path.read_bytes() for path in first}
     (registry.folder / "nets" / "go").touch()
     done = shell(*scan_many(registry))
-    assert (done.code, done.err) == (3, "")
+    assert done.code == 3, done.err
     assert "4 models: 4 inconclusive; 2 of them from an earlier run\n" in done.out
     assert {path: path.read_bytes() for path in first} == before
     assert registry.files() == {f"records/m{at}.json" for at in range(4)}
