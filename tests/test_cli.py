@@ -22,7 +22,7 @@ def test_help_names_every_command_and_no_more(shell: Shell) -> None:
     ran = shell("--help")
     assert ran.code == 0
     commands = [line.split()[0] for line in ran.out.partition("Commands:\n")[2].splitlines()]
-    assert commands == ["scan", "scan-many", "repair", "detect", "evaluate", "attack", "demo", "zoo"]
+    assert commands == ["scan", "scan-many", "repair", "detect", "evaluate", "attack", "demo", "zoo", "bench"]
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -9,7 +9,21 @@ from typing import Any
 
 from torch import nn
 
-from debackdoor.defenses import RNP, Defense, FineTuning
+from debackdoor.defenses import (
+    ANP,
+    BNP,
+    CLP,
+    FTSAM,
+    IBAU,
+    MCR,
+    NAD,
+    RNP,
+    ULRL,
+    Defense,
+    FinePruning,
+    FineTuning,
+    NCUnlearning,
+)
 from debackdoor.repair import repair
 from debackdoor.types import CleanSet, RepairResult
 
@@ -51,5 +65,18 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "rnp-published-0.7": _preset(RNP.published(0.7), blind=False),
         "ft-0.01": _preset(FineTuning(lr=0.01)),
         "ft-0.05": _preset(FineTuning(lr=0.05)),
+        "ft-sam": _preset(FTSAM()),
+        "nad": _preset(NAD()),
+        "mcr": _preset(MCR()),
+        "ulrl": _preset(ULRL()),
+        "fine-pruning": _preset(FinePruning(budget=BUDGET)),
+        "anp": _preset(ANP(budget=BUDGET)),
+        "anp-published-0.2": _preset(ANP(threshold=0.2), blind=False),
+        "clp": _preset(CLP(u=None, budget=BUDGET)),
+        "clp-published-3": _preset(CLP(u=3.0), blind=False),
+        "bnp": _preset(BNP(u=None, budget=BUDGET)),
+        "bnp-published-3": _preset(BNP(u=3.0), blind=False),
+        "i-bau": _preset(IBAU()),
+        "nc-unlearning": _preset(NCUnlearning()),
     }
 )

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from debackdoor.bench.executors import Executor, Outcome, execute
 from debackdoor.bench.manifest import Entry
@@ -77,7 +77,7 @@ def scan_many(
         gpus=gpus,
     )
     # Closed at once where the reader stops, so that no process goes on.
-    with contextlib.closing(cast(Generator[Outcome[Entry]], outcomes)):
+    with contextlib.closing(outcomes):
         for outcome in outcomes:
             yield _result_of(outcome, store)
 

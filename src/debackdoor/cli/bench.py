@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,13 +21,6 @@ if TYPE_CHECKING:
 FAILED = 1
 
 bench = typer.Typer(help="Measure defences side by side, and make tables of it.", rich_markup_mode=None)
-
-
-class ExecutorName(StrEnum):
-    """Where cells are measured."""
-
-    LOCAL = "local"
-    RAY = "ray"
 
 
 @bench.command()
@@ -68,8 +60,8 @@ def run(
         typer.Option("--fine-tune", help="Fine-tune every repaired model for 20 epochs and measure it once more."),
     ] = False,
     executor: Annotated[
-        ExecutorName, typer.Option(help="Processes of this machine, or Ray tasks.")
-    ] = ExecutorName.LOCAL,
+        options.Executor, typer.Option(help="Processes of this machine, or Ray tasks.")
+    ] = options.Executor.LOCAL,
     workers: Annotated[int, typer.Option(min=1, help="As many cells are measured at once.")] = 1,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each; for Ray its processors.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs that Ray sets aside for each.")] = 0,
@@ -88,7 +80,7 @@ def run(
 
     Exits with 0 if every cell was measured, and with 1 if some failed.
     """
-    if executor is ExecutorName.LOCAL and (address is not None or gpus):
+    if executor is options.Executor.LOCAL and (address is not None or gpus):
         option = "--gpus" if address is None else "--address"
         raise typer.BadParameter(f"expected {option} with --executor ray, got it without", param_hint=option)
     output = Output(quiet)

@@ -33,6 +33,13 @@ class Mode(StrEnum):
     ALL_TO_ALL = "all-to-all"
 
 
+class Executor(StrEnum):
+    """What many models are given to."""
+
+    LOCAL = "local"
+    RAY = "ray"
+
+
 # A class of its own, since typer would read a tuple as so many arguments.
 class Numbers(tuple[float, ...]):
     """One number a channel."""

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -25,13 +24,6 @@ if TYPE_CHECKING:
 _STYLES = {BACKDOORED: "bold red", ERROR: "bold magenta", INCONCLUSIVE: "bold magenta", OK: "bold green"}
 
 
-class ExecutorName(StrEnum):
-    """What runs the scans."""
-
-    LOCAL = "local"
-    RAY = "ray"
-
-
 def scan_many(
     context: typer.Context,
     manifest: Annotated[
@@ -41,8 +33,8 @@ def scan_many(
         Path, typer.Option(metavar="DIR", help="Keep the results here; those of an earlier run are used again.")
     ],
     executor: Annotated[
-        ExecutorName, typer.Option(help="Scan in processes of this machine, or as tasks of a Ray cluster.")
-    ] = ExecutorName.LOCAL,
+        options.Executor, typer.Option(help="Scan in processes of this machine, or as tasks of a Ray cluster.")
+    ] = options.Executor.LOCAL,
     workers: Annotated[int | None, typer.Option(min=1, help="Scan so many models at once; by default one.")] = None,
     address: Annotated[
         str | None,
@@ -67,7 +59,7 @@ def scan_many(
     Exits with the worst that was found: 1 for a finding at or above --fail-on, else 2 if a model could not be scanned,
     else 3 if nothing could be told of one, else 0.
     """
-    if address is not None and executor is not ExecutorName.RAY:
+    if address is not None and executor is not options.Executor.RAY:
         raise typer.BadParameter("expected --address with --executor ray, got it without", param_hint="--address")
     output = Output(quiet, json_to)
 
@@ -80,7 +72,7 @@ def scan_many(
     entries = read_manifest(manifest)
     _check_outputs(output, out, manifest, entries)
     check_libraries()
-    if executor is ExecutorName.LOCAL:  # the machines of a cluster may have what this one has not
+    if executor is options.Executor.LOCAL:  # the machines of a cluster may have what this one has not
         resolve_device(device)
     settings = Settings(limit=limit, seed=seed, device=device.value, precision=precision.value, fail_on=fail_on.value)
     resources = _resources(len(entries), executor, workers, address, device)
@@ -138,7 +130,7 @@ def _check_outputs(output: Output, out: Path, manifest: Path, entries: Sequence[
 
 
 def _resources(
-    models: int, executor: ExecutorName, workers: int | None, address: str | None, device: options.Device
+    models: int, executor: options.Executor, workers: int | None, address: str | None, device: options.Device
 ) -> dict[str, Any]:
     """How many scans run at once, and what each of them gets."""
     import torch
@@ -148,7 +140,7 @@ def _resources(
     else:
         workers = min(workers or 1, models)
         threads = max(1, torch.get_num_threads() // workers)
-    gpus = int(executor is ExecutorName.RAY and device is options.Device.CUDA)
+    gpus = int(executor is options.Executor.RAY and device is options.Device.CUDA)
     return {"workers": workers, "threads": threads, "address": address, "gpus": gpus}
 
 
