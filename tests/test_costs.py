@@ -74,9 +74,9 @@ def test_a_scan(network: nn.Module) -> None:
     assert costs["search perturbations"]["backward"] == 60 * 4 * aims
     assert costs["search margins"]["backward"] == 60 * 4 * CLASSES
     assert costs["recover"]["backward"] == 20 * 48
-    # 3 colours, 25 places of the one size that 7 pixels allow for, twice; and what came before the first report.
+    # 3 colours, 25 places of the one size that 7 pixels allow for; and what came before the first report.
     judged = 16 * (1 + aims)
-    assert costs["search squares"]["forward"] <= 3 * 2 * 25 * 32 + judged
+    assert costs["search squares"]["forward"] <= 3 * 25 * 32 + judged
     # 200 steps of 32 images on two models together and on one alone.
     assert costs["search trigger"]["backward"] == 200 * 32 * (2 + 1)
     assert IMAGES["backward"] <= 29_000

@@ -9,7 +9,7 @@ from channel_cases import assert_as_found, snapshot
 from debackdoor.detectors import squares
 from debackdoor.detectors.evidence import SQUARE, SQUARE_STANDS_OUT, threshold
 from debackdoor.detectors.shortcut import lead
-from debackdoor.detectors.squares import Square, Squares, find_squares, stamped
+from debackdoor.detectors.squares import Square, find_squares, stamped
 from debackdoor.runtime import generator
 from evidence_cases import evidence
 from shortcut_cases import CLASSES, bright_images, dark_beside_the_classes, row_images
@@ -89,7 +89,3 @@ def test_a_square_counts_from_its_own_threshold_on_and_is_unlearned() -> None:
     assert {aim.target for aim in there.aims} == {3}
     assert there.numbers("before")["square_label_before"] == 3
     assert evidence(patch={3: 0.9}).stamps == []
-
-
-def test_labels_that_no_square_leads_to_are_told_too() -> None:
-    assert Squares({0: 0.0, 1: 0.0}, {}).rates == {0: 0.0, 1: 0.0}

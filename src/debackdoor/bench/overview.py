@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 
 from debackdoor import __version__
 from debackdoor.bench.scan_store import Result
-from debackdoor.errors import DebackdoorError, MissingDependencyError
+from debackdoor.errors import DebackdoorError
 from debackdoor.files import atomic_write
-from debackdoor.report import figures
+from debackdoor.report.templates import environment
 from debackdoor.runtime import versions
 
 SCHEMA = "debackdoor/scan-many/1"
@@ -152,19 +152,5 @@ def _headline(worst: str, number: int, total: int) -> str:
 
 
 def _template() -> Any:
-    try:
-        import jinja2
-        import markupsafe
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"expected the library jinja2 for the overview, got an error ({error}); pip install 'debackdoor[bench]'"
-        ) from error
-
-    def shown(value: Any) -> Any:
-        # Names, paths and messages may be anyone's.
-        return figures.text(value) if isinstance(value, str) and not isinstance(value, markupsafe.Markup) else value
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=shown
-    )
-    return environment.from_string((files("debackdoor.bench") / "overview.html.jinja").read_text(encoding="utf-8"))
+    text = (files("debackdoor.bench") / "overview.html.jinja").read_text(encoding="utf-8")
+    return environment("bench").from_string(text)

@@ -12,7 +12,7 @@ from typing import Any
 
 from debackdoor import __version__
 from debackdoor.bench.tables import Comparison, Record, accuracy_lost, in_words, place_of, points
-from debackdoor.errors import MissingDependencyError
+from debackdoor.report.templates import environment
 
 _STEPS = 10
 """So many shades the heat map has above its lowest."""
@@ -139,16 +139,9 @@ def check_libraries() -> None:
 
 
 def _template() -> tuple[Any, Any]:
-    try:
-        import jinja2
-        import markupsafe
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"expected the library jinja2 for a page, got an error ({error}); pip install 'debackdoor[bench]'"
-        ) from error
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    pages = environment("bench")
+    import markupsafe  # a part of jinja2
+
     folder = files("debackdoor.bench")
     text, script = ((folder / name).read_text(encoding="utf-8") for name in ("matrix.html.jinja", "sort.js"))
-    return environment.from_string(text), markupsafe.Markup(script)
+    return pages.from_string(text), markupsafe.Markup(script)

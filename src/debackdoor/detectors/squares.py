@@ -132,8 +132,7 @@ def _colours(channels: int) -> Iterator[tuple[float, ...]]:
 
 def _everywhere(size: Sequence[int], colour: tuple[float, ...]) -> Iterator[Square]:
     """Overlapping squares that cover an image of ``size`` (H, W)."""
-    for share in SIDES:
-        side = max(1, round(share * min(size)))
+    for side in sorted({max(1, round(share * min(size))) for share in SIDES}):  # small images have one size alone
         for row, column in product(*(_places(length, side) for length in size)):
             yield Square(row, column, side, colour)
 

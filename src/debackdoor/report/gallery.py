@@ -23,8 +23,9 @@ from debackdoor.attacks import ATTACKS, Attack, load_trigger
 from debackdoor.attacks.base import ALL_TO_ALL
 from debackdoor.attacks.registry import count_classes
 from debackdoor.data import load_dataset
-from debackdoor.errors import DebackdoorError, MissingDependencyError
+from debackdoor.errors import DebackdoorError
 from debackdoor.files import atomic_write_text
+from debackdoor.report.templates import environment
 from debackdoor.types import CleanSet
 from debackdoor.zoo import CLEAN, Card, trigger_of
 
@@ -194,14 +195,6 @@ def _png(image: Tensor) -> str:
 
 
 def _template() -> Any:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"expected the library jinja2 for a page, got an error ({error}); pip install 'debackdoor[report]'"
-        ) from error
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["percent"] = lambda rate: f"{rate:.1%}".replace("%", " %")
-    return environment.from_string((files("debackdoor.report") / "gallery.html.jinja").read_text(encoding="utf-8"))
+    pages = environment()
+    pages.filters["percent"] = lambda rate: f"{rate:.1%}".replace("%", " %")
+    return pages.from_string((files("debackdoor.report") / "gallery.html.jinja").read_text(encoding="utf-8"))

@@ -9,11 +9,12 @@ from typing import Any
 
 from debackdoor import __version__
 from debackdoor.detectors.words import REASONS
-from debackdoor.errors import DebackdoorError, MissingDependencyError
+from debackdoor.errors import DebackdoorError
 from debackdoor.files import atomic_write_text
 from debackdoor.report import figures, wording
 from debackdoor.report.pictures import Pictures, pattern_in_pictures, samples_in_pictures, trigger_in_pictures
 from debackdoor.report.records import CHANNELS, LOW, REPAIR_SCHEMA, SCAN_SCHEMA, plain
+from debackdoor.report.templates import environment
 
 LISTED = 20
 """As many channels are listed: those with the lowest scores."""
@@ -196,22 +197,8 @@ def check_libraries() -> None:
 
 
 def _template() -> Any:
-    try:
-        import jinja2
-        import markupsafe
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"expected the library jinja2 for a page, got an error ({error}); pip install 'debackdoor[report]'"
-        ) from error
-
-    def shown(value: Any) -> Any:
-        # Charts are markup; all other text may be anyone's.
-        return figures.text(value) if isinstance(value, str) and not isinstance(value, markupsafe.Markup) else value
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=shown
-    )
-    environment.filters["percent"] = wording.percent
-    environment.filters["number"] = lambda value: "not known" if value is None else f"{value:.4g}"
-    environment.filters["words"] = lambda value: str(value).replace("_", " ")
-    return environment.from_string((files("debackdoor.report") / "page.html.jinja").read_text(encoding="utf-8"))
+    pages = environment()
+    pages.filters["percent"] = wording.percent
+    pages.filters["number"] = lambda value: "not known" if value is None else f"{value:.4g}"
+    pages.filters["words"] = lambda value: str(value).replace("_", " ")
+    return pages.from_string((files("debackdoor.report") / "page.html.jinja").read_text(encoding="utf-8"))
