@@ -1,12 +1,12 @@
 """Repairs the zoo's models, once a seed; writes a run record of each repair and tables of all.
 
     python benchmarks/repair_zoo.py run --out benchmarks/results/repair
-    python benchmarks/repair_zoo.py run --defense repair-without-triggers --out benchmarks/results/ablations
     python benchmarks/repair_zoo.py table benchmarks/results/repair --into docs/results.md --summary-into README.md
     python benchmarks/repair_zoo.py compare benchmarks/results/{repair,ablations} --into docs/results.md
 
 The repair gets the model and the clean images alone; the trigger is used once, on the finished model, and once more
-after that was fine-tuned by its new owner. Other defences are measured by ``debackdoor bench``.
+after that was fine-tuned by its new owner. ``ablate_zoo.py`` leaves parts of the repair out; other defences are
+measured by ``debackdoor bench``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ import json
 import resource
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
-from unittest import mock
 
 import torch
 import typer
@@ -30,32 +28,13 @@ from torch import nn
 
 import debackdoor as db
 from debackdoor.attacks import load_trigger
-from debackdoor.defenses import RNP, FineTuning
-from debackdoor.detectors.evidence import Evidence
+from debackdoor.defenses import FineTuning
 from debackdoor.evaluation import Evaluation, accuracy, defence_effectiveness, evaluate
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
 from debackdoor.runtime import versions
 from debackdoor.types import CleanSet, RepairResult
 from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
-
-
-def _without_pruning(model: nn.Module, clean: CleanSet, seed: int) -> RepairResult:
-    with mock.patch.object(RNP, "choose", return_value=()):
-        return db.repair(model, clean, seed=seed)
-
-
-def _without_triggers(model: nn.Module, clean: CleanSet, seed: int) -> RepairResult:
-    with mock.patch.object(Evidence, "aims", []):
-        return db.repair(model, clean, seed=seed)
-
-
-DEFENSES: dict[str, Callable[[nn.Module, CleanSet, int], RepairResult]] = {
-    "repair": lambda model, clean, seed: db.repair(model, clean, seed=seed),
-    "repair-without-pruning": _without_pruning,
-    "repair-without-relearning": lambda model, clean, seed: RNP(budget=0.01, seed=seed)(model, clean),
-    "repair-without-triggers": _without_triggers,
-}
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 
@@ -64,31 +43,29 @@ app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 def run(
     out: Annotated[Path, typer.Option(help="folder for the records")],
     names: Annotated[list[str] | None, typer.Argument(help="models of the zoo; by default all")] = None,
-    defenses: Annotated[list[str] | None, typer.Option("--defense", help=f"out of {', '.join(DEFENSES)}")] = None,
     zoo: Annotated[Path, typer.Option(help="the tier's folder")] = Path("zoo/slim"),
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="of the clean images and the repair")] = None,
     limit: Annotated[int, typer.Option(help="clean images")] = 500,
 ) -> None:
-    """One record a model, defence and seed; finished ones are skipped."""
+    """One record a model and seed; finished ones are skipped."""
     out.mkdir(parents=True, exist_ok=True)
     cards = [card for card in list_cards(zoo) if not names or card.name in names]
-    for card, defense, seed in product(cards, defenses or ["repair"], seeds or [0]):
-        prefix = "" if defense == "repair" else f"{defense}-"
-        target = out / f"{prefix}{card.name}-seed{seed}-n{limit}.json"
+    for card, seed in product(cards, seeds or [0]):
+        target = out / f"{card.name}-seed{seed}-n{limit}.json"
         if not target.exists():
-            record = measure(card, zoo, defense, seed, limit)
+            record = measure(card, zoo, seed, limit)
             atomic_write_text(target, json.dumps(record, indent=1) + "\n")
             typer.echo(row([record]))
 
 
-def measure(card: Card, zoo: Path, defense: str, seed: int, limit: int) -> dict[str, Any]:
+def measure(card: Card, zoo: Path, seed: int, limit: int) -> dict[str, Any]:
     """Repairs one model and measures it before and after."""
     clean = db.load_clean(card.dataset, limit=limit, seed=seed)
     model = load_model(weights_of(zoo, card.name), card.arch)
     started = time.perf_counter()
-    result = DEFENSES[defense](model, clean, seed)
+    result = db.repair(model, clean, seed=seed)
     seconds = time.perf_counter() - started
-    return record_of(result, card, zoo, defense, seed, clean, seconds)
+    return record_of(result, card, zoo, "repair", seed, clean, seconds)
 
 
 def record_of(
