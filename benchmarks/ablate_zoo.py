@@ -21,7 +21,8 @@ import typer
 
 import debackdoor as db
 from debackdoor.case import Case, open_case
-from debackdoor.defenses.relearn import RelearnSettings, relearn
+from debackdoor.defenses.lesson import RelearnSettings
+from debackdoor.defenses.relearn import relearn
 from debackdoor.defenses.rnp import RNP, Exposure
 from debackdoor.detectors.evidence import Evidence
 from debackdoor.files import atomic_write_text

@@ -73,7 +73,14 @@ def test_repair_writes_the_model_and_its_record(shell: Shell, stand_in: StandIn)
     assert "one channel is enough (channels 1)" in ran.out
     assert f"wrote {out}\n" in ran.out
     stages = stand_in.given.pop("progress")
-    assert stand_in.given == {"images": 60, "budget": 0.05, "seed": 3, "device": "cpu", "precision": "auto"}
+    assert stand_in.given == {
+        "images": 60,
+        "budget": 0.05,
+        "seed": 3,
+        "device": "cpu",
+        "precision": "auto",
+        "memory": 6.0,
+    }
     assert checkpoint.read_bytes() == before
 
     old, new = load_file(checkpoint), load_file(out)

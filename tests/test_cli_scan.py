@@ -103,7 +103,14 @@ def test_the_record_holds_the_settings_and_what_was_found(shell: Shell, stand_in
     assert checkpoint.read_bytes() == before
     stages, model = stand_in.given.pop("progress"), stand_in.given.pop("model")
     assert isinstance(model, nn.Module)
-    assert stand_in.given == {"images": 60, "all_triggers": True, "seed": 3, "device": "cpu", "precision": "auto"}
+    assert stand_in.given == {
+        "images": 60,
+        "all_triggers": True,
+        "seed": 3,
+        "device": "cpu",
+        "precision": "auto",
+        "memory": 6.0,
+    }
     record = valid(target.read_text())
     assert record["seconds"] == {stage: round(value, 3) for stage, value in stages.seconds.items()}
     assert list(stages.seconds) == ["load", "unlearn"]

@@ -7,7 +7,8 @@ from torch import nn
 from channel_cases import assert_as_found, snapshot
 from debackdoor.channels import find_channels
 from debackdoor.data.augment import mixed, random_view
-from debackdoor.defenses.relearn import Relearned, RelearnSettings, relearn
+from debackdoor.defenses.lesson import RelearnSettings
+from debackdoor.defenses.relearn import Relearned, relearn
 from debackdoor.detectors.shortcut import find_shortcuts, lead
 from debackdoor.detectors.squares import find_squares
 from debackdoor.detectors.universal import aims_at

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,15 +19,19 @@ from debackdoor.defenses.rnp import RNP, Exposure
 from debackdoor.detectors.evidence import FAINT, Evidence, Examination
 from debackdoor.detectors.label import RUNS, largest_pile_up, most_repeated, repeated_shares, unlearn_parts
 from debackdoor.detectors.margin import FEWEST_CLASSES
-from debackdoor.errors import ChanceError, DebackdoorError, ModelError
-from debackdoor.models.forward import accuracy, predict, to_faster_layout
+from debackdoor.errors import ChanceError, DebackdoorError, ModelError, check_positive
+from debackdoor.memory import DEFAULT, images_within
+from debackdoor.models.forward import accuracy, predict, to_faster_layout, trusted_precision
 from debackdoor.rnp.modes import normalisation_learns
 from debackdoor.rnp.unlearn import Unlearned, unlearn
-from debackdoor.runtime import resolve_device
+from debackdoor.runtime import at_once, resolve_device
 from debackdoor.types import CleanSet, Progress
 
 HOLDOUT = 0.25
 """The share of the clean set that decides; the rest teaches, and relearning needs it more."""
+
+AT_FIRST = 32
+"""Images that go through the model at once while it is not known how much memory they take."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class Case:
         fit: the part that teaches.
         holdout: the part that decides.
         classes: how many logits the model has.
+        most: how many images may go through it at once.
         method: unlearns, recovers and prunes.
         progress: called from inside long loops.
     """
@@ -48,8 +54,13 @@ class Case:
     fit: CleanSet
     holdout: CleanSet
     classes: int
+    most: int
     method: RNP
     progress: Progress | None
+
+    def within_memory(self) -> AbstractContextManager[None]:
+        """A context in which no more images than may are computed on at once."""
+        return at_once(self.most)
 
     @property
     def examine(self) -> Examination:
@@ -85,7 +96,13 @@ class Case:
 
 
 def open_case(
-    model: nn.Module, clean: CleanSet, method: RNP, device: str = "auto", progress: Progress | None = None
+    model: nn.Module,
+    clean: CleanSet,
+    method: RNP,
+    device: str = "auto",
+    progress: Progress | None = None,
+    *,
+    memory: float = DEFAULT,
 ) -> Case:
     """Copies the model, checks that the clean set fits it, and splits that.
 
@@ -95,20 +112,26 @@ def open_case(
         method: unlearns, recovers and prunes; its seed is that of the split too.
         device: ``auto``, ``cpu`` or ``cuda``.
         progress: called from inside long loops.
+        memory: GiB that may be taken.
 
     Raises:
         DataError: if the clean set is too small, holds one class only, or has labels the model does not know.
         ModelError: if the model's answers do not depend on the image, or are no better than chance.
+        DebackdoorError: if the memory does not suffice for the model.
     """
+    check_positive(memory=memory)
     if method.seed < 0:
         raise DebackdoorError(f"expected a seed of at least 0, got {method.seed}; correct it")
     place = resolve_device(device)
     suspect, clean = copy.deepcopy(model).to(place).eval(), clean.to(place)
-    check_works(suspect, clean, method.precision)
+    with at_once(AT_FIRST):
+        check_works(suspect, clean, method.precision)
+        method = replace(method, precision=trusted_precision(suspect, clean.x[:AT_FIRST], method.precision))
     to_faster_layout(suspect, clean.x[:2])
     fit, holdout = split_clean(clean, HOLDOUT, method.seed)
     classes = predict(suspect, clean.x[:2], precision=method.precision).shape[1]
-    return Case(suspect, clean, fit, holdout, classes, method, progress)
+    most = images_within(memory, suspect, clean.x, method.precision)
+    return Case(suspect, clean, fit, holdout, classes, most, method, progress)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -17,6 +17,7 @@ from debackdoor.detectors.samples import ExposedMargin, smallest
 from debackdoor.detectors.spectral import SpectralSignatures
 from debackdoor.detectors.strip import STRIP
 from debackdoor.errors import DebackdoorError, check_fraction
+from debackdoor.memory import DEFAULT
 from debackdoor.models.forward import predict
 from debackdoor.rnp.modes import normalisation_learns
 from debackdoor.rnp.unlearn import Unlearned
@@ -44,6 +45,7 @@ def detect_samples(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    memory: float = DEFAULT,
     progress: Progress | None = None,
 ) -> SampleScores:
     """Scores every image for how likely it carries the trigger that the model answers to.
@@ -58,6 +60,7 @@ def detect_samples(
         seed: of the split and everything random.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``auto``, ``fp32`` or ``bf16``.
+        memory: GiB that may be taken.
         progress: called from inside long loops.
 
     Raises:
@@ -75,15 +78,20 @@ def detect_samples(
         )
     pile = images.x if isinstance(images, CleanSet) else images
     checked_pile(clean, pile, torch.zeros(pile.shape[:1], dtype=torch.int64))
-    case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress)
-    pile = pile.to(case.clean.x.device)
+    case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory)
+    with case.within_memory():
+        return _judge(case, pile.to(case.clean.x.device), method, on, false_positive_rate)
+
+
+def _judge(case: Case, pile: Tensor, method: str, on: str, false_positive_rate: float) -> SampleScores:
+    precision = case.method.precision
     answers, of_clean = (predict(case.suspect, x, precision=precision).argmax(1) for x in (pile, case.holdout.x))
     # Clean images are scored as those of the pile are, with the model's answers, right or wrong, as their labels.
     holdout = replace(case.holdout, y=of_clean)
     exposed = [] if on == "original" else expose_several(case, METHODS[method] is ExposedMargin)
     judges = [unlearned.model for unlearned in exposed] or [case.suspect]
-    detector = METHODS[method](seed=seed, precision=precision)
-    found = smallest(detector, judges, holdout, pile, answers, progress=progress)
+    detector = METHODS[method](seed=case.method.seed, precision=precision)
+    found = smallest(detector, judges, holdout, pile, answers, progress=case.progress)
     scores, usual = (part.cpu() for part in found)
     threshold = float(torch.quantile(usual, 1 - false_positive_rate, interpolation="higher"))
     flagged = scores > threshold

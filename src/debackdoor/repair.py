@@ -17,6 +17,7 @@ from debackdoor.detectors.evidence import Evidence, remains
 from debackdoor.detectors.label import PileUp, largest_pile_up
 from debackdoor.detectors.words import findings, nothing_found
 from debackdoor.errors import check_fraction
+from debackdoor.memory import DEFAULT
 from debackdoor.models.forward import set_layout
 from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.types import CleanSet, Progress, RepairResult, Step, Verification
@@ -30,6 +31,7 @@ def repair(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    memory: float = DEFAULT,
     progress: Progress | None = None,
 ) -> RepairResult:
     """Removes the backdoor from a copy of ``model``, if unlearning, a large margin or a shortcut shows one.
@@ -42,6 +44,8 @@ def repair(
         seed: of the split, the order of the samples and the searches.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``auto``, ``fp32`` or ``bf16``.
+        memory: GiB that may be taken; where a step's images do not fit, they go through the model in parts, and batch
+            normalisation takes statistics of these.
         progress: called from inside long loops.
 
     Raises:
@@ -49,9 +53,10 @@ def repair(
         ModelError: if the model's answers do not depend on the image, or are no better than chance.
     """
     check_fraction(budget=budget)
-    case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress)
-    exposure = case.expose()
-    result = repair_case(case, exposure, case.evidence(exposure), budget)
+    case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory)
+    with case.within_memory():
+        exposure = case.expose()
+        result = repair_case(case, exposure, case.evidence(exposure), budget)
     return replace(result, model=result.model.to(device_of(model)))
 
 

@@ -1,9 +1,12 @@
-"""Where and how numbers are computed: device, precision, random generators."""
+"""Where and how numbers are computed: device, precision, images at once, random generators."""
 
 from __future__ import annotations
 
+import math
 import platform
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -13,6 +16,8 @@ from debackdoor.errors import DebackdoorError
 
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
+
+_at_once: ContextVar[int | None] = ContextVar("at_once", default=None)
 
 
 def versions() -> dict[str, str]:
@@ -60,6 +65,31 @@ def autocast(device: torch.device, precision: str = "auto") -> AbstractContextMa
         )
     enabled = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+@contextmanager
+def at_once(images: int) -> Iterator[None]:
+    """Inside, no more than so many images take one step of learning together, and go through a model at once."""
+    token = _at_once.set(images)
+    try:
+        yield
+    finally:
+        _at_once.reset(token)
+
+
+def at_most(count: int) -> int:
+    """``count``, or as many images as may go through a model at once."""
+    most = _at_once.get()
+    return count if most is None else min(count, most)
+
+
+def parts(count: int) -> list[slice]:
+    """Slices of a batch of ``count`` images that together are all of it, each with images from everywhere in it.
+
+    One where they may all go through the model at once. Of parts, normalisation takes statistics of their own.
+    """
+    number = math.ceil(count / max(1, at_most(count)))
+    return [slice(first, None, number) for first in range(number)]
 
 
 def generator(seed: int) -> torch.Generator:

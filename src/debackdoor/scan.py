@@ -20,6 +20,7 @@ from debackdoor.detectors.shortcut import lead
 from debackdoor.detectors.trigger import recover_trigger, search_triggers
 from debackdoor.detectors.words import findings, nothing_found
 from debackdoor.errors import ChanceError, TooFewError
+from debackdoor.memory import DEFAULT
 from debackdoor.types import CleanSet, Progress, RecoveredPattern, RecoveredTrigger, ScanReport, Suspect
 
 BACKDOORED, SUSPICIOUS = 1.0, 0.85
@@ -34,6 +35,7 @@ def scan(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    memory: float = DEFAULT,
     progress: Progress | None = None,
 ) -> ScanReport:
     """Tells whether ``model`` hides a backdoor, to which label, and by what trigger.
@@ -45,6 +47,8 @@ def scan(
         seed: of the split, the order of the samples and the searches.
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``auto``, ``fp32`` or ``bf16``.
+        memory: GiB that may be taken; where a step's images do not fit, they go through the model in parts, and batch
+            normalisation takes statistics of these.
         progress: called from inside long loops.
 
     Returns:
@@ -56,11 +60,12 @@ def scan(
         ModelError: if the model does not take the images, or its answers do not depend on them.
     """
     try:
-        case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress)
+        case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory)
     except (ChanceError, TooFewError) as error:
         return ScanReport("inconclusive", f"nothing can be told: {error}", 0.0, (), False, None, {}, (), {})
-    exposure = case.expose()
-    return scan_case(case, exposure, case.evidence(exposure), all_triggers=all_triggers)
+    with case.within_memory():
+        exposure = case.expose()
+        return scan_case(case, exposure, case.evidence(exposure), all_triggers=all_triggers)
 
 
 def scan_case(case: Case, exposure: Exposure, evidence: Evidence, *, all_triggers: bool = False) -> ScanReport:

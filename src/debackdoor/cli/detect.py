@@ -47,6 +47,7 @@ def detect(
     seed: options.Seed = 0,
     device: options.DeviceName = options.Device.AUTO,
     precision: options.PrecisionName = options.Precision.AUTO,
+    memory: options.Memory = 6.0,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> int:
@@ -84,6 +85,7 @@ def detect(
             seed=seed,
             device=device,
             precision=precision,
+            memory=memory,
             progress=stages,
         )
     _describe(output, scores, pile)

@@ -36,6 +36,7 @@ def repair(
     seed: options.Seed = 0,
     device: options.DeviceName = options.Device.AUTO,
     precision: options.PrecisionName = options.Precision.AUTO,
+    memory: options.Memory = 6.0,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> int:
@@ -71,7 +72,14 @@ def repair(
         images = load_clean(clean, limit, seed)
         stages.begin("repair")
         result = repair_model(
-            loaded.model, images, budget, seed=seed, device=device, precision=precision, progress=stages
+            loaded.model,
+            images,
+            budget,
+            seed=seed,
+            device=device,
+            precision=precision,
+            memory=memory,
+            progress=stages,
         )
     try:
         write_checkpoint(out, state_dict_of(result.model), like=loaded.checkpoint, overwrite=overwrite)

@@ -54,6 +54,7 @@ def scan(
     seed: options.Seed = 0,
     device: options.DeviceName = options.Device.AUTO,
     precision: options.PrecisionName = options.Precision.AUTO,
+    memory: options.Memory = 6.0,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> int:
@@ -94,6 +95,7 @@ def scan(
             seed=seed,
             device=device,
             precision=precision,
+            memory=memory,
             progress=stages,
         )
     head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)

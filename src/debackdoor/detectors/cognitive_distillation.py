@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile
 from debackdoor.errors import DebackdoorError, check_positive
 from debackdoor.models.forward import eval_mode, logits_of, predict
-from debackdoor.runtime import autocast, generator
+from debackdoor.runtime import at_most, autocast, generator
 from debackdoor.types import CleanSet, Progress
 
 
@@ -61,7 +61,7 @@ class CognitiveDistillation(SampleDetector):
         checked_pile(clean, images, answers)
         both, random, found = torch.cat([images, clean.x]), generator(self.seed), []
         with eval_mode(model):
-            for batch in both.split(self.batch_size):
+            for batch in both.split(at_most(self.batch_size)):
                 masks = self.distil(model, batch, random)
                 found.append(-masks.flatten(1).sum(1))
                 if progress is not None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from debackdoor.errors import check_positive
 from debackdoor.models.forward import logits_of, margins_of
-from debackdoor.runtime import autocast, generator
+from debackdoor.runtime import at_most, autocast, generator
 from debackdoor.types import Progress
 
 FEWEST_CLASSES = 5
@@ -86,7 +86,7 @@ def largest_margins(
     starts = max(1, min(s.starts, s.batch_size // num_classes))
     labels = torch.arange(num_classes).repeat_interleave(starts)
     found = []
-    for part in labels.split(s.batch_size):
+    for part in labels.split(at_most(s.batch_size)):
         x = torch.rand(len(part), *example.shape[1:], generator=random).to(example.device)
         found.append(_climb(model, x, part.to(example.device), s, precision))
         if progress is not None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debackdoor.models.forward import logits_of, margins_of, predict
-from debackdoor.runtime import autocast, generator
+from debackdoor.runtime import at_most, autocast, generator
 from debackdoor.types import CleanSet, Progress, RecoveredTrigger
 
 LARGER = 4.0
@@ -174,23 +174,29 @@ class _Search:
         self.best = self.mask.sigmoid().detach().clone(), self.pattern.sigmoid().detach().clone()
 
     def step(self) -> None:
-        s, count = self.settings, len(self.labels)
-        index = torch.randint(len(self.fit), (count * s.batch_size,), generator=self.random)
-        x = self.fit.x[index].view(count, s.batch_size, *self.fit.x.shape[1:])
-        mask, pattern = self.mask.sigmoid(), self.pattern.sigmoid()
+        count, images = len(self.labels), at_most(self.settings.batch_size)
+        index = torch.randint(len(self.fit), (count * images,), generator=self.random).view(count, images)
+        labels = torch.arange(count, device=self.labels.device)
+        self.optimizer.zero_grad()
+        works = torch.cat([self._descend(some, index) for some in labels.split(at_most(count * images) // images)])
+        with torch.no_grad():
+            mask, pattern = self.mask.sigmoid(), self.pattern.sigmoid()
+            self._keep_best(works, mask.flatten(1).sum(1), mask, pattern)
+            self._change_cost(works)
+        self.optimizer.step()
+
+    def _descend(self, some: Tensor, index: Tensor) -> Tensor:
+        """Adds the gradients of some of the labels on images (labels, B); whether their triggers worked there."""
+        x = self.fit.x[index[some.to(index.device)]]
+        mask, pattern = self.mask[some].sigmoid(), self.pattern[some].sigmoid()
         stamped = (1 - mask[:, None]) * x + mask[:, None] * pattern[:, None]
         with autocast(x.device, self.precision):
             logits = logits_of(self.model(stamped.flatten(0, 1))).float()
-        target = self.labels.repeat_interleave(s.batch_size)
-        errors = F.cross_entropy(logits, target, reduction="none").view(count, -1).mean(1)
-        l1 = mask.flatten(1).sum(1)
-        grads = torch.autograd.grad((errors + self.cost * l1).sum(), (self.mask, self.pattern))
-        self.mask.grad, self.pattern.grad = grads
-        with torch.no_grad():
-            works = (logits.argmax(1) == target).view(count, -1).float().mean(1) >= s.success
-            self._keep_best(works, l1.detach(), mask.detach(), pattern.detach())
-            self._change_cost(works)
-        self.optimizer.step()
+        target = self.labels[some].repeat_interleave(x.shape[1])
+        errors = F.cross_entropy(logits, target, reduction="none").view(len(some), -1).mean(1)
+        loss = (errors + self.cost[some] * mask.flatten(1).sum(1)).sum()
+        torch.autograd.backward(loss, inputs=[self.mask, self.pattern])
+        return (logits.argmax(1) == target).view(len(some), -1).float().mean(1) >= self.settings.success
 
     def _change_cost(self, works: Tensor) -> None:
         s = self.settings

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from debackdoor.data.augment import random_shift
 from debackdoor.detectors.perturbations import KINDS, Additive, Patch, Perturbations, Sizes
 from debackdoor.models.forward import logits_of, predict
-from debackdoor.runtime import autocast, generator
+from debackdoor.runtime import at_most, autocast, generator
 from debackdoor.types import CleanSet, Progress
 
 AWAY = -1
@@ -121,7 +121,7 @@ class UniversalSearch:
         """One step on fresh images, one an entry of ``index``; the loss before it."""
         drawn = torch.randint(len(fit), (len(index),), generator=self.random)
         sums, loss = [torch.zeros_like(value) for value in self.parameters], 0.0
-        for some, which in zip(drawn.split(AT_ONCE), index.split(AT_ONCE), strict=True):
+        for some, which in zip(drawn.split(at_most(AT_ONCE)), index.split(at_most(AT_ONCE)), strict=True):
             x = random_shift(fit.x[some], round(fit.x.shape[-1] / 16), self.random)
             with autocast(x.device, precision):
                 logits = logits_of(model(self.apply(x, which))).float()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from debackdoor.errors import ModelError
-from debackdoor.runtime import autocast
+from debackdoor.runtime import at_most, autocast, has_fast_bf16
 
 
 def logits_of(output: Any) -> Tensor:
@@ -44,7 +44,7 @@ def predict(model: Callable[[Tensor], Any], x: Tensor, *, batch_size: int = 500,
     ``model`` is used in the mode it is in, and may be any function that calls one.
     """
     with autocast(x.device, precision):
-        return torch.cat([logits_of(model(batch)).float() for batch in x.split(batch_size)])
+        return torch.cat([logits_of(model(batch)).float() for batch in x.split(at_most(batch_size))])
 
 
 @contextmanager
@@ -76,6 +76,22 @@ def label_shares(logits: Tensor) -> list[float]:
     """How large a share of the answers each label gets; K fractions that sum to 1."""
     counts = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
     return (counts / len(logits)).tolist()
+
+
+AGREEMENT = 0.9
+"""The least share of answers that has to be the same in half precision."""
+
+
+def trusted_precision(model: nn.Module, x: Tensor, precision: str) -> str:
+    """The precision to compute in: fp32 for ``auto`` where the model's answers in bf16 are not finite, or others.
+
+    ``x`` is a batch (N, C, H, W) to try it on.
+    """
+    if precision != "auto" or not has_fast_bf16(x.device):
+        return precision
+    full, half = (predict(model, x, precision=name) for name in ("fp32", "bf16"))
+    same = float((full.argmax(1) == half.argmax(1)).float().mean())
+    return "auto" if same >= AGREEMENT and bool(torch.isfinite(half).all()) else "fp32"
 
 
 def to_faster_layout(model: nn.Module, x: Tensor) -> None:

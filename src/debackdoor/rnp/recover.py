@@ -19,7 +19,7 @@ from debackdoor.data.augment import random_shift
 from debackdoor.errors import check_positive
 from debackdoor.models.forward import accuracy
 from debackdoor.rnp.modes import normalisation_in_train_mode
-from debackdoor.runtime import autocast, generator, shuffled_batches
+from debackdoor.runtime import autocast, generator, parts, shuffled_batches
 from debackdoor.types import CleanSet, Progress
 
 
@@ -91,16 +91,20 @@ def recover(
             loss_sum = right = seen = 0.0
             for index in shuffled_batches(len(fit), settings.batch_size, random):
                 x, y = random_shift(fit.x[index], round(settings.shift * fit.x.shape[-1]), random), fit.y[index]
-                with autocast(x.device, precision):
-                    logits = masked_call(exposed, layers, mask, x, parameters, buffers).float()
-                loss = settings.weight * F.cross_entropy(logits, y)
-                (mask.grad,) = torch.autograd.grad(loss, mask)
+                mask.grad = torch.zeros_like(mask)
+                for part in parts(len(x)):
+                    with autocast(x.device, precision):
+                        logits = masked_call(exposed, layers, mask, x[part], parameters, buffers).float()
+                    share = len(logits) / len(x)
+                    loss = settings.weight * share * F.cross_entropy(logits, y[part])
+                    mask.grad += torch.autograd.grad(loss, mask)[0]
+                    loss_sum += loss.item() * len(y)
+                    right += accuracy(logits, y[part]) * len(logits)
                 optimizer.step()
                 with torch.no_grad():
                     mask.clamp_(0, 1)
                     total += mask
                 steps, seen = steps + 1, seen + len(y)
-                loss_sum, right = loss_sum + loss.item() * len(y), right + accuracy(logits, y) * len(y)
             history.append({"pass": done + 1, "loss": loss_sum / seen, "accuracy": right / seen})
             if progress is not None:
                 progress("recover", done + 1, settings.passes, {"accuracy": right / seen})

@@ -18,7 +18,7 @@ from debackdoor.data.augment import random_shift
 from debackdoor.errors import check_positive
 from debackdoor.models.forward import accuracy, label_shares, logits_of, predict
 from debackdoor.rnp.modes import normalisation_in_train_mode, require_norm_gradients
-from debackdoor.runtime import autocast, generator, shuffled_batches
+from debackdoor.runtime import autocast, generator, parts, shuffled_batches
 from debackdoor.types import CleanSet, Progress
 
 
@@ -167,15 +167,18 @@ class _Climb:
 
     def _step(self, index: Tensor) -> None:
         x = random_shift(self.fit.x[index], round(self.settings.shift * self.fit.x.shape[-1]), self.random)
-        with autocast(x.device, self.precision):
-            logits = logits_of(self.model(x)).float()
-        loss = F.cross_entropy(logits, self.fit.y[index])
+        y, total = self.fit.y[index], 0.0
         self.optimizer.zero_grad(set_to_none=True)
-        (-loss).backward()
+        for part in parts(len(x)):
+            with autocast(x.device, self.precision):
+                logits = logits_of(self.model(x[part])).float()
+            loss = F.cross_entropy(logits, y[part]) * (len(logits) / len(x))
+            (-loss).backward()
+            total += loss.item()
         if self.settings.clip is not None:
             nn.utils.clip_grad_norm_(self.learning, self.settings.clip)
         self.optimizer.step()
-        self.loss = loss.item()
+        self.loss = total
 
     def _set_lr(self, lr: float) -> None:
         self.lr = lr

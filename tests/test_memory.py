@@ -1,0 +1,167 @@
+"""Keeping within memory: how many images go through a model at once, and that parts of a batch add up to it."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import debackdoor as db
+from cli_cases import Shell
+from debackdoor.channels import find_channels
+from debackdoor.defenses.lesson import Batch
+from debackdoor.detectors.trigger import SearchSettings, search_triggers
+from debackdoor.errors import DebackdoorError
+from debackdoor.memory import BESIDE, CLEAN_SETS, GIB, MODELS, MOST, RUNTIME, images_within
+from debackdoor.models.forward import predict, trusted_precision
+from debackdoor.rnp.recover import RecoverSettings, recover
+from debackdoor.rnp.unlearn import UnlearnSettings, unlearn
+from debackdoor.runtime import at_most, at_once, generator, has_fast_bf16, parts
+from shortcut_cases import CLASSES, row_images, switched_to
+
+
+class Largest(nn.Module):
+    """A network that remembers the largest batch it was given; copies share the memory."""
+
+    def __init__(self, inner: nn.Module, seen: list[int]) -> None:
+        super().__init__()
+        self.inner, self.seen = inner, seen
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Largest:
+        return Largest(copy.deepcopy(self.inner, memo), self.seen)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        return self.inner(x)
+
+
+@pytest.mark.parametrize(("count", "most"), [(10, 3), (10, 10), (10, 99), (7, 1), (1, 4)])
+def test_parts_are_the_whole_batch_and_small_enough(count: int, most: int) -> None:
+    with at_once(most):
+        found = [list(range(count))[part] for part in parts(count)]
+        assert at_most(count) == min(count, most)
+    assert sorted(number for part in found for number in part) == list(range(count))
+    assert max(map(len, found)) <= most
+    assert len(parts(count)) == 1
+    assert at_most(count) == count
+
+
+def test_the_old_limit_is_back_after_an_error() -> None:
+    with at_once(5):
+        with pytest.raises(ZeroDivisionError), at_once(2):
+            raise ZeroDivisionError
+        assert at_most(9) == 5
+
+
+def test_learning_in_parts_is_learning_from_the_whole() -> None:
+    """Without batch statistics the gradients of the parts add up to that of the batch."""
+    images, model = row_images(48), switched_to(2)
+    layers = find_channels(model, images.x[:2])
+
+    def learned() -> tuple[dict[str, Tensor], Tensor]:
+        settings = UnlearnSettings(lr=0.01, batch_size=32, max_passes=2, least_steps=4)
+        exposed = unlearn(model, images, settings, precision="fp32").model
+        masks = recover(model, layers, images, RecoverSettings(passes=3, batch_size=32), precision="fp32")
+        return exposed.state_dict(), masks.mask
+
+    whole, masks = learned()
+    with at_once(6):
+        in_parts, masks_in_parts = learned()
+    for name, value in whole.items():
+        torch.testing.assert_close(in_parts[name], value, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(masks_in_parts, masks, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(whole["1.weight"], model.state_dict()["1.weight"])
+    assert masks.min() < 1
+
+
+def test_triggers_searched_in_parts_are_the_same() -> None:
+    images, settings = row_images(48), SearchSettings(steps=10, batch_size=8)
+
+    def found() -> list[float]:
+        return [trigger.l1 for trigger in search_triggers(switched_to(2), images, images, range(CLASSES), settings)]
+
+    whole = found()
+    with at_once(16):
+        assert found() == pytest.approx(whole)
+
+
+@pytest.mark.parametrize("count", [4, 3])
+def test_parts_of_a_lesson_hold_images_of_every_kind(count: int) -> None:
+    """Six clean images and as many mixed ones, four with a trigger and two with a square."""
+    kinds = torch.tensor([0] * 6 + [1] * 6 + [2] * 4 + [3] * 2).float()
+    batch = Batch(kinds, kinds + 10, torch.arange(6), torch.arange(6) + 20, torch.arange(4))
+    assert batch.parts() == [batch]
+    with at_once(18 // count):
+        split = batch.parts()
+    assert len(split) == 2  # no more than there are images of the rarest kind
+    for part in split:
+        assert set(part.seen.tolist()) == {0, 1, 2, 3}
+        assert torch.equal(part.taught, part.seen + 10)
+        assert len(part.seen) == 2 * len(part.y) + len(part.triggered_y)
+    for name in ("y", "triggered_y", "trigger"):
+        together = torch.cat([getattr(part, name) for part in split])
+        assert sorted(together.tolist()) == sorted(getattr(batch, name).tolist())
+
+
+def test_a_repair_lets_no_more_images_through_than_it_may() -> None:
+    seen: list[int] = []
+    model, images = Largest(switched_to(2), seen).eval(), row_images(64)
+    kept = 49 + 5 + 5  # at least the image and what comes out of the first layer and of ReLU, float32
+    base = RUNTIME * GIB + MODELS * 1100 + CLEAN_SETS * images.x.numel() * 4
+    result = db.repair(model, images, device="cpu", precision="fp32", memory=(base + 20 * BESIDE * 4 * kept) / GIB)
+    assert result.changed
+    assert max(seen) <= 32
+    seen.clear()
+    assert db.repair(model, images, device="cpu", precision="fp32").changed
+    assert max(seen) > 32
+
+
+def test_the_images_are_a_power_of_two_and_follow_the_memory() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10))
+    x = torch.rand(20, 3, 8, 8, generator=generator(0))
+    found = [images_within(limit, model, x, "fp32") for limit in (0.7, 1.2, 2.4)]
+    assert all(count & (count - 1) == 0 for count in found)
+    # The input, what the convolution gives ReLU and ReLU the linear layer, 4 bytes a number.
+    each = BESIDE * 4 * (3 * 64 + 16 * 36)
+    for limit, count in zip((0.7, 1.2, 2.4), found, strict=True):
+        assert count <= (limit - RUNTIME) * GIB / each < 2.1 * count
+
+
+def test_too_little_memory_is_refused_with_what_would_do() -> None:
+    with pytest.raises(DebackdoorError, match=r"at least 0\.7 GiB for this model and 20 clean images, got 0\.6"):
+        images_within(0.6, nn.Linear(3, 10), torch.rand(20, 3))
+
+
+def test_infinite_memory_is_as_much_as_any_batch_needs() -> None:
+    assert images_within(math.inf, nn.Linear(3, 10), torch.rand(20, 3), "fp32") == MOST
+
+
+@pytest.mark.parametrize("command", ["scan", "repair", "detect"])
+@pytest.mark.parametrize("memory", ["0", "-1", "nan", "much"])
+def test_the_commands_refuse_such_memory(shell: Shell, command: str, memory: str) -> None:
+    more = {"scan": [], "repair": ["--out", shell.folder / "out.pt"], "detect": ["--suspects", "digits"]}[command]
+    arguments = (shell.checkpoint(), "--arch", shell.arch, "--clean", "digits", *more)
+    ran = shell(command, *arguments, "--memory", memory)
+    assert ran.code in (2, 4)
+    assert "memory" in ran.err
+    assert "Traceback" not in ran.err
+    assert not (shell.folder / "out.pt").exists()
+
+
+def test_half_precision_is_not_used_where_it_changes_the_answers() -> None:
+    """Logits that differ by less than bf16 can tell apart."""
+    if not has_fast_bf16(torch.device("cpu")):
+        pytest.skip("this machine computes in fp32 anyway")
+    x = torch.rand(32, 2, generator=generator(0))
+    fine = nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        fine.weight.copy_(torch.tensor([[1.0, 1.0], [1.001, 0.999]]))
+    assert trusted_precision(fine, x, "auto") == "fp32"
+    assert trusted_precision(fine, x, "bf16") == "bf16"
+    with torch.no_grad():
+        fine.weight.copy_(torch.eye(2))
+    assert trusted_precision(fine, x, "auto") == "auto"
+    assert predict(fine, x).shape == (32, 2)
