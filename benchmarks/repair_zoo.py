@@ -96,7 +96,7 @@ def record_of(
             rate: {when: getattr(found, rate, None) for when, found in rates.items()}
             for rate in ("clean_accuracy", "attack_success_rate", "robust_accuracy")
         },
-        "der": defence_effectiveness(before, after) if isinstance(before, Evaluation) else None,
+        "der": _der(before, after),
         "seconds": round(seconds, 1),
         "peak_memory_mib": peak,
         "changed": result.changed,
@@ -116,6 +116,12 @@ class CleanRates:
     """What there is to measure of a model without a backdoor."""
 
     clean_accuracy: float
+
+
+def _der(before: Evaluation | CleanRates, after: Evaluation | CleanRates) -> float | None:
+    if isinstance(before, Evaluation) and isinstance(after, Evaluation):
+        return defence_effectiveness(before, after)
+    return None
 
 
 @functools.cache

@@ -1,0 +1,219 @@
+"""Times repairs beside the published procedure, in one process, turn by turn; writes one record a network.
+
+    python benchmarks/speed.py run --models victims --out benchmarks/results/speed
+    python benchmarks/speed.py repair-large --out benchmarks/results/speed
+    python benchmarks/speed.py table benchmarks/results/speed --into docs/performance.md
+
+A whole repair is timed with its verification; the published procedure with its evaluations of the test set, which are
+run on a tenth of the images and counted ten times, and without those after every pass. Nothing else should run
+meanwhile. Networks are trained once and kept in the folder of ``--models``.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import speed_tables
+import torch
+import typer
+from repair_zoo import _commit, _replace
+from speed_cases import CASES, Case, fit_head, images_of, random_network, victim_of
+from speed_loops import gemm_rates, official, our_loops, passes_for, published_loops, rate
+from torch import nn
+
+import debackdoor as db
+from debackdoor.attacks import Attack
+from debackdoor.bench.memory import PeakMemory
+from debackdoor.data import load_dataset
+from debackdoor.evaluation import evaluate
+from debackdoor.files import atomic_write_text
+from debackdoor.runtime import generator, versions
+from debackdoor.types import CleanSet
+
+SCHEMA = "debackdoor/speed/1"
+
+SCALE = 10
+"""The published procedure's evaluations see one test image in so many."""
+
+LARGE_IMAGES = 100
+"""Clean images of 224 pixels that a whole repair gets."""
+
+app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
+Out = Annotated[Path, typer.Option(help="folder for the records")]
+
+
+@app.command()
+def run(
+    out: Out,
+    names: Annotated[list[str] | None, typer.Argument(help=f"out of {', '.join(CASES)}; by default all")] = None,
+    models: Annotated[Path, typer.Option(help="folder of the trained networks")] = Path("victims"),
+    train_on: Annotated[int, typer.Option(help="images that these are trained on")] = 20_000,
+    epochs: Annotated[int, typer.Option(help="passes over them")] = 3,
+    pairs: Annotated[int, typer.Option(help="times that each is timed")] = 3,
+    images: Annotated[int, typer.Option(help="clean images")] = 500,
+) -> None:
+    """One record a network; finished ones are skipped."""
+    out.mkdir(parents=True, exist_ok=True)
+    for case in (CASES[name] for name in names or CASES):
+        target = out / f"{case.name}.json"
+        if target.exists():
+            continue
+        typer.echo(case.name)
+        model, attack = random_network(case), None
+        if case.arch is not None and case.whole:
+            model, attack = victim_of(case.name, case.arch, load_dataset("cifar10", "train", train_on), models, epochs)
+        clean = images_of(case, images if case.whole else 2 * case.batch)
+        record = head(case, model, clean) | {"loops": time_loops(case, model, clean, pairs)}
+        if attack is not None:
+            record["whole"] = time_repairs(model, attack, clean, pairs)
+        atomic_write_text(target, json.dumps(record, indent=1) + "\n")
+
+
+def head(case: Case, model: nn.Module, clean: CleanSet) -> dict[str, Any]:
+    """What was timed, and on what."""
+    return {
+        "schema": SCHEMA,
+        **asdict(case),
+        "parameters": sum(value.numel() for value in model.parameters()),
+        "clean_images": len(clean),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+        "commit": _commit(),
+        "gemm": gemm_rates(),
+    }
+
+
+def time_loops(case: Case, model: nn.Module, clean: CleanSet, pairs: int) -> list[dict[str, Any]]:
+    """Images a second of unlearning and recovery, ours and published, turn by turn; the share of the GEMM rate."""
+    kinds = {"ours": our_loops(model, clean, case.batch), "published": published_loops(model, clean, case.batch)}
+    passes = {kind: {name: passes_for(loop) for name, loop in loops.items()} for kind, loops in kinds.items()}
+    rows = []
+    for _ in range(pairs):
+        row: dict[str, Any] = {"gemm": gemm_rates(1)}
+        for kind, loops in kinds.items():
+            rates = {name: rate(loop, len(clean), passes[kind][name]) for name, loop in loops.items()}
+            row[kind] = {name: {"images": value, "flops": loops[name].flops * value} for name, value in rates.items()}
+        typer.echo(speed_tables.loop_line(row))
+        rows.append(row)
+    return rows
+
+
+def time_repairs(model: nn.Module, attack: Attack, clean: CleanSet, pairs: int) -> list[dict[str, Any]]:
+    """Whole repairs, ours and the published procedure, turn by turn."""
+    test = db.load_clean("cifar10", limit=None, split="test")
+    few = test.subset(torch.randperm(len(test), generator=generator(0))[: len(test) // SCALE])
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        found = asdict(evaluate(model, few, attack, precision="fp32"))
+        return {name: value for name, value in found.items() if not name.endswith("images")}
+
+    rows = []
+    for _ in range(pairs):
+        row = {"ours": _ours(model, clean, measure), "published": _published(model, clean, measure)}
+        typer.echo(speed_tables.whole_line(row))
+        rows.append(row)
+    return rows
+
+
+class Stages:
+    """Progress that adds up the seconds of every stage, and counts its reports."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def __call__(self, stage: str, *_: object) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
+        self.last = now
+
+
+def _ours(model: nn.Module, clean: CleanSet, measure: Callable[[nn.Module], dict[str, float]]) -> dict[str, Any]:
+    memory, stages, started = PeakMemory(torch.device("cpu")), Stages(), time.perf_counter()
+    result = db.repair(model, clean, progress=stages)
+    seconds = time.perf_counter() - started
+    peak = memory.record()
+    return {
+        "seconds": seconds,
+        "stages": stages.seconds,
+        **peak,
+        "changed": result.changed,
+        "after": measure(result.model),
+        "scan": _scan(model, clean),
+    }
+
+
+def _scan(model: nn.Module, clean: CleanSet) -> dict[str, Any]:
+    started = time.perf_counter()
+    report = db.scan(model, clean)
+    return {"seconds": time.perf_counter() - started, "verdict": report.verdict}
+
+
+def _published(model: nn.Module, clean: CleanSet, measure: Callable[[nn.Module], dict[str, float]]) -> dict[str, Any]:
+    settings = official.Settings(1.0, 128, 0.01, 0.20, 21, 20, 98)
+    memory = PeakMemory(torch.device("cpu"))
+    with TemporaryDirectory() as folder:
+        record = official.reproduce(copy.deepcopy(model), clean, measure, settings, Path(folder) / "masks.txt", True)
+    clock = record["seconds"]
+    learning = clock["unlearn"] + clock.get("recover", 0.0)
+    between = SCALE * (clock["test while unlearning"] + clock.get("test while recovering", 0.0))
+    sweep = SCALE * clock.get("sweep", 0.0)
+    return {
+        "seconds": learning + between + sweep,
+        "seconds_without_tests": learning + sweep,
+        "learning": learning,
+        "stages": clock,
+        "evaluations": len(record["unlearn"]) + len(record["recover"]) + len(record["sweep"]),
+        **memory.record(),
+        "before": record["before"],
+        "error": record["error"],
+    }
+
+
+@app.command()
+def repair_large(
+    out: Out,
+    names: Annotated[list[str] | None, typer.Argument(help="networks; by default those of 224 pixels")] = None,
+    memory: Annotated[float, typer.Option(help="GiB that the repair may take")] = 6.0,
+    images: Annotated[int, typer.Option(help="clean images")] = LARGE_IMAGES,
+) -> None:
+    """Whole repairs of large networks, random but for a fitted last layer, and the memory they take."""
+    out.mkdir(parents=True, exist_ok=True)
+    for case in (CASES[name] for name in names or [name for name, case in CASES.items() if not case.whole]):
+        target = out / f"{case.name}-repair.json"
+        if target.exists():
+            continue
+        model, clean = random_network(case), images_of(case, images)
+        fit_head(model, clean)
+        peak, stages, started = PeakMemory(torch.device("cpu")), Stages(), time.perf_counter()
+        result = db.repair(model, clean, memory=memory, progress=stages)
+        seconds = time.perf_counter() - started
+        record = head(case, model, clean) | {"memory": memory, "seconds": seconds, "stages": stages.seconds}
+        record |= peak.record() | {"changed": result.changed}
+        atomic_write_text(target, json.dumps(record, indent=1) + "\n")
+        typer.echo(f"{case.name}: {seconds:.0f} s, {record['peak_memory_mib']} MiB, changed: {result.changed}")
+
+
+@app.command()
+def table(
+    records: Annotated[Path, typer.Argument(help="folder of records")],
+    into: Annotated[Path | None, typer.Option(help="page whose tables between the markers are replaced")] = None,
+) -> None:
+    """Markdown tables of loops, whole repairs and memory."""
+    rows = [json.loads(path.read_text()) for path in sorted(records.glob("*.json"))]
+    for name, text in speed_tables.render(rows).items():
+        if into is None:
+            typer.echo(text + "\n")
+        else:
+            _replace(into, name, text)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,98 @@
+"""Markdown tables of the records of ``speed.py``: medians over the pairs."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Record = Mapping[str, Any]
+
+LOOPS = ("unlearn", "recover")
+
+
+def _header(*names: str) -> str:
+    return f"{_row(names)}\n{'|---' * len(names)}|"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+_median = statistics.median
+
+
+_LOOPS = _header(
+    "network", "parameters", "unlearning: images/s, ours", "published", "ratio", "share of GEMM rate",
+    "recovery: images/s, ours", "published", "ratio", "share of GEMM rate",
+)  # fmt: skip
+_WHOLE = _header(
+    "network", "repair, s", "published, s", "ratio", "without tests after passes", "ratio", "peak memory, MiB",
+    "published", "scan, s", "ASR before", "after",
+)  # fmt: skip
+_LARGE = _header("network", "parameters", "clean images", "limit, GiB", "peak, MiB", "s")
+
+
+def render(records: Sequence[Record]) -> dict[str, str]:
+    """The tables by the name of their markers."""
+    loops = [record for record in records if "loops" in record]
+    whole = [record for record in records if "whole" in record]
+    large = [record for record in records if "memory" in record]
+    return {
+        "speed-loops": "\n".join([_LOOPS, *map(_loop_row, loops)]),
+        "speed-whole": "\n".join([_WHOLE, *map(_whole_row, whole)]),
+        "speed-large": "\n".join([_LARGE, *map(_large_row, large)]),
+    }
+
+
+def _loop_row(record: Record) -> str:
+    rows = record["loops"]
+    cells = [record["name"], f"{record['parameters'] / 1e6:.1f} M"]
+    for loop in LOOPS:
+        ours = [row["ours"][loop] for row in rows]
+        share = _median([found["flops"] / max(row["gemm"].values()) for found, row in zip(ours, rows, strict=True)])
+        theirs = [row["published"][loop]["images"] for row in rows if loop in row["published"]]
+        ratios = [found["images"] / other for found, other in zip(ours, theirs, strict=False)]
+        cells.append(f"{_median([found['images'] for found in ours]):.0f}")
+        cells += [f"{_median(theirs):.0f}", f"{_median(ratios):.2f}"] if theirs else ["-", "-"]
+        cells.append(f"{share:.0%}")
+    return _row(cells)
+
+
+def _whole_row(record: Record) -> str:
+    ours, theirs = ([row[kind] for row in record["whole"]] for kind in ("ours", "published"))
+    seconds = [found["seconds"] for found in ours]
+    cells = [record["name"], f"{_median(seconds):.0f}"]
+    for name in ("seconds", "seconds_without_tests"):
+        other = [found[name] for found in theirs]
+        ratios = [there / here for there, here in zip(other, seconds, strict=True)]
+        cells += [f"{_median(other):.0f}", f"{_median(ratios):.1f}"]
+    cells += [str(max(found["peak_memory_mib"] for found in kind)) for kind in (ours, theirs)]
+    cells.append(f"{_median([found['scan']['seconds'] for found in ours]):.0f}")
+    rates = [found["before"] for found in theirs], [found["after"] for found in ours]
+    return _row([*cells, *(f"{_median([rate['attack_success_rate'] for rate in kind]):.1%}" for kind in rates)])
+
+
+def _large_row(record: Record) -> str:
+    cells = [record["name"], f"{record['parameters'] / 1e6:.1f} M", str(record["clean_images"])]
+    return _row([*cells, f"{record['memory']:g}", str(record["peak_memory_mib"]), f"{record['seconds']:.0f}"])
+
+
+def loop_line(row: Record) -> str:
+    """One pair in words."""
+    best = max(row["gemm"].values())
+    parts = [f"GEMM {best / 1e9:.0f} GFLOP/s"]
+    for kind in ("ours", "published"):
+        for name, found in row[kind].items():
+            parts.append(f"{kind} {name} {found['images']:.0f}/s ({found['flops'] / best:.0%})")
+    return ", ".join(parts)
+
+
+def whole_line(row: Record) -> str:
+    """One pair in words."""
+    ours, theirs = row["ours"], row["published"]
+    return (
+        f"ours {ours['seconds']:.0f} s ({ours['peak_memory_mib']} MiB, changed: {ours['changed']}), published "
+        f"{theirs['seconds']:.0f} s ({theirs['peak_memory_mib']} MiB, error: {theirs['error']}), without tests "
+        f"{theirs['seconds_without_tests']:.0f} s, scan {ours['scan']['seconds']:.0f} s"
+    )
