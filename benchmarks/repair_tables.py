@@ -38,8 +38,7 @@ def summary(records: Sequence[Record]) -> str:
         )
         rates = [record["attack_success_rate"] for record in bad]
         if any("fine_tuned" in rate for rate in rates):
-            # A model that was left alone was not fine-tuned either; its backdoor is as it was.
-            kept = statistics.mean(rate.get("fine_tuned", rate["after"]) for rate in rates)
+            kept = statistics.mean(map(_after_tuning, rates))
             parts.append(f"After 20 more epochs on the clean images the mean ASR is {kept:.1%}.")
     if clean:
         parts.append(
@@ -47,6 +46,39 @@ def summary(records: Sequence[Record]) -> str:
             f"accuracy lost {max(map(_lost, clean)) * 100:.1f} points."
         )
     return " ".join(parts)
+
+
+def by_images(records: Sequence[Record]) -> str:
+    """One row a number of clean images and a seed, and one for all seeds: backdoored models, and clean ones touched."""
+    names = ("clean images", "seed", "backdoored models", "mean DER", "worst DER", "mean ASR", "CA lost")
+    lines = [f"| {' | '.join([*names, 'ASR after fine-tuning', 'clean models touched'])} |", "|---" * 9 + "|"]
+    for count in sorted({record["clean_images"] for record in records}):
+        some = [record for record in records if record["clean_images"] == count]
+        seeds = sorted({record["seed"] for record in some})
+        for seed in seeds:
+            lines.append(_sum_up(count, str(seed), [record for record in some if record["seed"] == seed]))
+        if len(seeds) > 1:
+            lines.append(_sum_up(count, "all", some))
+    return "\n".join(lines)
+
+
+def _sum_up(count: int, seed: str, records: Sequence[Record]) -> str:
+    bad = [record for record in records if record["der"] is not None]
+    clean = [record for record in records if record["der"] is None]
+    worst = min(bad, key=lambda record: record["der"])
+    rates = [record["attack_success_rate"] for record in bad]
+    means = [
+        statistics.mean(values)
+        for values in ([rate["after"] for rate in rates], map(_lost, bad), [_after_tuning(rate) for rate in rates])
+    ]
+    cells = [str(count), seed, str(len(bad)), f"{statistics.mean(record['der'] for record in bad):.3f}"]
+    cells += [f"{worst['der']:.3f} ({worst['model']})", *(f"{mean * 100:.1f}" for mean in means)]
+    return f"| {' | '.join([*cells, f'{sum(map(_changed, clean))} of {len(clean)}'])} |"
+
+
+def _after_tuning(rates: Mapping[str, float]) -> float:
+    """A model that was left alone was not fine-tuned either; its backdoor is as it was."""
+    return rates.get("fine_tuned", rates["after"])
 
 
 def _lost(record: Record) -> float:

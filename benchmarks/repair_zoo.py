@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from repair_tables import compare_defenses, render, row, summary
+from repair_tables import by_images, compare_defenses, render, row, summary
 from torch import nn
 
 import debackdoor as db
@@ -36,6 +36,9 @@ from debackdoor.runtime import versions
 from debackdoor.types import CleanSet, RepairResult
 from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
 
+IMAGES = 500
+"""Clean images that a repair gets where nothing else is said."""
+
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 
 
@@ -45,7 +48,7 @@ def run(
     names: Annotated[list[str] | None, typer.Argument(help="models of the zoo; by default all")] = None,
     zoo: Annotated[Path, typer.Option(help="the tier's folder")] = Path("zoo/slim"),
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="of the clean images and the repair")] = None,
-    limit: Annotated[int, typer.Option(help="clean images")] = 500,
+    limit: Annotated[int, typer.Option(help="clean images")] = IMAGES,
 ) -> None:
     """One record a model and seed; finished ones are skipped."""
     out.mkdir(parents=True, exist_ok=True)
@@ -148,14 +151,16 @@ def table(
     into: Annotated[Path | None, typer.Option(help="page whose table between the markers is replaced")] = None,
     summary_into: Annotated[Path | None, typer.Option(help="page that gets the summary alone")] = None,
 ) -> None:
-    """A Markdown table: means over the seeds with their range, and what they come to together."""
+    """Markdown tables: the models, means over the seeds with their range, and what they come to by number of images."""
     rows = [json.loads(path.read_text()) for path in sorted(records.glob("*.json"))]
+    usual = [record for record in rows if record["clean_images"] == IMAGES]
     if into is None:
-        typer.echo(render(rows))
+        typer.echo(f"{render(usual)}\n\n{by_images(rows)}")
     else:
-        _replace(into, records.name, render(rows))
+        _replace(into, records.name, render(usual))
+        _replace(into, f"{records.name}-images", by_images(rows))
     if summary_into is not None:
-        _replace(summary_into, f"{records.name}-summary", summary(rows))
+        _replace(summary_into, f"{records.name}-summary", summary(usual))
 
 
 @app.command()

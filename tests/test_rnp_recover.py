@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from channel_cases import assert_as_found, snapshot
 from debackdoor.channels import MaskableLayer, count_channels, find_channels
+from debackdoor.models.forward import to_faster_layout
 from debackdoor.rnp.recover import RecoverSettings, recover
+from debackdoor.runtime import generator
 from debackdoor.types import CleanSet
 from rnp_cases import harmful_set, one_harmful_channel, quadrant_set, quadrants
 
@@ -140,3 +142,16 @@ def test_a_single_image_too_many_does_not_count() -> None:
     x, y = torch.cat([clean.x, clean.x[:1]]), torch.cat([clean.y, clean.y[:1]])
     found = recover(one_harmful_channel(), CHANNELS, CleanSet(x, y), steps(20), precision="fp32")
     assert found.history[-1]["accuracy"] == 1.0
+
+
+def test_group_normalisation_is_recovered_in_the_layout_that_repairs_use() -> None:
+    """In the channels-last layout this ended the whole process."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    ).eval()
+    images = CleanSet(torch.rand(16, 3, 8, 8, generator=generator(0)), torch.arange(16) % 2)
+    to_faster_layout(model, images.x[:2])
+    layers = find_channels(model, images.x[:2])
+    found = recover(model, layers, images, RecoverSettings(passes=2), precision="fp32")
+    assert torch.isfinite(found.mask).all()
+    assert found.mask.shape == (8,)
