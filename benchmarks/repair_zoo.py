@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import json
 import resource
-import subprocess
 import time
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -23,6 +22,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from publish import commit, replace_between
 from repair_tables import by_images, compare_defenses, render, row, summary
 from torch import nn
 
@@ -109,7 +109,7 @@ def record_of(
         "sha256": card.sha256,
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit(),
         "error": None,
     }
 
@@ -140,11 +140,6 @@ def _rates(model: nn.Module, card: Card, zoo: Path) -> Evaluation | CleanRates:
     return evaluate(model, test, load_trigger(trigger_of(zoo, card.name)))
 
 
-def _commit() -> str:
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-
-
 @app.command()
 def table(
     records: Annotated[Path, typer.Argument(help="folder of records")],
@@ -157,10 +152,10 @@ def table(
     if into is None:
         typer.echo(f"{render(usual)}\n\n{by_images(rows)}")
     else:
-        _replace(into, records.name, render(usual))
-        _replace(into, f"{records.name}-images", by_images(rows))
+        replace_between(into, records.name, render(usual))
+        replace_between(into, f"{records.name}-images", by_images(rows))
     if summary_into is not None:
-        _replace(summary_into, f"{records.name}-summary", summary(usual))
+        replace_between(summary_into, f"{records.name}-summary", summary(usual))
 
 
 @app.command()
@@ -173,16 +168,7 @@ def compare(
     if into is None:
         typer.echo(compare_defenses(rows))
     else:
-        _replace(into, "compare", compare_defenses(rows))
-
-
-def _replace(page: Path, marker: str, text: str) -> None:
-    start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
-    head, _, rest = page.read_text().partition(start)
-    _, found, tail = rest.partition(end)
-    if not found:
-        raise typer.BadParameter(f"{page}: expected a line '{start}' and a line '{end}', got none; add them")
-    atomic_write_text(page, f"{head}{start}\n{text}\n{end}{tail}")
+        replace_between(into, "compare", compare_defenses(rows))
 
 
 if __name__ == "__main__":

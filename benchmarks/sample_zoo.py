@@ -23,7 +23,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from repair_zoo import _commit, _replace
+from publish import commit, replace_between
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
@@ -133,7 +133,7 @@ def measure(
         "sha256": card.sha256,
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit(),
         "error": None,
     }
 
@@ -204,7 +204,7 @@ def table(
     if into is None:
         typer.echo(rendered)
     else:
-        _replace(into, records.name, rendered)
+        replace_between(into, records.name, rendered)
 
 
 def render(records: Sequence[Record]) -> str:

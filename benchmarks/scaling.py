@@ -26,7 +26,7 @@ from typing import Annotated, Any, ClassVar
 import scaling_tables
 import torch
 import typer
-from repair_zoo import _commit, _replace
+from publish import commit, replace_between
 from speed_cases import victim_of
 from torch import Tensor, nn
 
@@ -87,7 +87,7 @@ def run(
         if target.exists() or point.grows not in (grows or [point.grows]):
             continue
         record = {"schema": SCHEMA, **asdict(point), **_measure(point, models, train_on, epochs)}
-        record |= {"threads": torch.get_num_threads(), "versions": versions(), "commit": _commit()}
+        record |= {"threads": torch.get_num_threads(), "versions": versions(), "commit": commit()}
         atomic_write_text(target, json.dumps(record, indent=1) + "\n")
         typer.echo(f"{target.stem}: scan {record['scan']['seconds']:.0f} s, repair {record['repair']['seconds']:.0f} s")
 
@@ -165,7 +165,7 @@ def workers(
         rows.append(row)
     record = {"schema": SCHEMA, "tasks": tasks, "scans": copies, "rows": rows, "versions": versions()}
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(out / "workers.json", json.dumps(record | {"commit": _commit()}, indent=1) + "\n")
+    atomic_write_text(out / "workers.json", json.dumps(record | {"commit": commit()}, indent=1) + "\n")
 
 
 def _empty_tasks(executor: Executor, workers: int, tasks: int) -> dict[str, float]:
@@ -202,7 +202,7 @@ def table(
         if into is None:
             typer.echo(text + "\n")
         else:
-            _replace(into, name, text)
+            replace_between(into, name, text)
 
 
 @app.command()

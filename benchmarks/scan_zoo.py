@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from repair_zoo import _commit, _replace
+from publish import commit, replace_between
 from scan_tables import calibration, render, summary
 from torch import Tensor
 
@@ -113,7 +113,7 @@ def record_of(
         "sha256": card.sha256,
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "commit": _commit(),
+        "commit": commit(),
         "error": None,
     }
 
@@ -163,7 +163,7 @@ def _put(text: str, into: Path | None, marker: str) -> None:
     if into is None:
         typer.echo(text)
     else:
-        _replace(into, marker, text)
+        replace_between(into, marker, text)
 
 
 @app.command()

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import speed_tables
 import torch
 import typer
-from repair_zoo import _commit, _replace
+from publish import commit, replace_between
 from speed_cases import CASES, Case, fit_head, images_of, random_network, victim_of
 from speed_loops import gemm_rates, official, our_loops, passes_for, published_loops, rate
 from torch import nn
@@ -66,9 +66,10 @@ def run(
         if target.exists():
             continue
         typer.echo(case.name)
-        model, attack = random_network(case), None
         if case.arch is not None and case.whole:
             model, attack = victim_of(case.name, case.arch, load_dataset("cifar10", "train", train_on), models, epochs)
+        else:
+            model, attack = random_network(case), None
         clean = images_of(case, images if case.whole else 2 * case.batch)
         record = head(case, model, clean) | {"loops": time_loops(case, model, clean, pairs)}
         if attack is not None:
@@ -85,7 +86,7 @@ def head(case: Case, model: nn.Module, clean: CleanSet) -> dict[str, Any]:
         "clean_images": len(clean),
         "threads": torch.get_num_threads(),
         "versions": versions(),
-        "commit": _commit(),
+        "commit": commit(),
         "gemm": gemm_rates(),
     }
 
@@ -212,7 +213,7 @@ def table(
         if into is None:
             typer.echo(text + "\n")
         else:
-            _replace(into, name, text)
+            replace_between(into, name, text)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from debackdoor.channels import find_channels
-from debackdoor.models.forward import to_faster_layout
+from debackdoor.models.layout import to_faster_layout
 from debackdoor.rnp.recover import RecoverSettings, recover
 from debackdoor.rnp.unlearn import UnlearnSettings, unlearn
 from debackdoor.types import CleanSet

@@ -93,9 +93,9 @@ def test_parts_of_a_lesson_hold_images_of_every_kind(count: int) -> None:
     """Six clean images and as many mixed ones, four with a trigger and two with a square."""
     kinds = torch.tensor([0] * 6 + [1] * 6 + [2] * 4 + [3] * 2).float()
     batch = Batch(kinds, kinds + 10, torch.arange(6), torch.arange(6) + 20, torch.arange(4))
-    assert batch.parts() == [batch]
+    assert batch.split() == [batch]
     with at_once(18 // count):
-        split = batch.parts()
+        split = batch.split()
     assert len(split) == 2  # no more than there are images of the rarest kind
     for part in split:
         assert set(part.seen.tolist()) == {0, 1, 2, 3}

@@ -21,7 +21,8 @@ from debackdoor.models import (
     state_dict_of,
     unwrap,
 )
-from debackdoor.models.forward import predict, set_layout, to_faster_layout
+from debackdoor.models.forward import predict
+from debackdoor.models.layout import set_layout, to_faster_layout
 from toys import ViewNet
 
 # Small enough to be built and run in milliseconds; the width is the stem's.
@@ -290,7 +291,9 @@ def test_half_precision_file_becomes_a_float32_model(tmp_path: Path, dtype: torc
 
 def test_the_faster_layout_changes_no_answer_and_is_left_where_it_cannot_be_taken() -> None:
     x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for model, taken in ((build_model("resnet18-w4", 3), True), (ViewNet(), False)):
+    grouped = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(8 * 36, 3))
+    wide, narrow = (build_model(name, 3) for name in ("resnet18-w16", "resnet18-w4"))
+    for model, taken in ((wide, True), (narrow, False), (grouped, False), (ViewNet(), False)):
         answers = predict(model.eval(), x, precision="fp32")
         to_faster_layout(model, x)
         conv = next(p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)

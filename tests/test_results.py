@@ -21,6 +21,8 @@ def test_the_docs_show_what_the_records_say(benchmark: ModuleType) -> None:
     records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
     table, summary = benchmark.render(records), benchmark.summary(records)
     assert f"<!-- repair -->\n{table}\n<!-- /repair -->" in (ROOT / "docs" / "results.md").read_text()
+    by_images = benchmark.by_images(records)
+    assert f"<!-- repair-images -->\n{by_images}\n<!-- /repair-images -->" in (ROOT / "docs" / "results.md").read_text()
     assert f"<!-- repair-summary -->\n{summary}\n<!-- /repair-summary -->" in (ROOT / "README.md").read_text()
 
 

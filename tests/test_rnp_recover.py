@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from channel_cases import assert_as_found, snapshot
 from debackdoor.channels import MaskableLayer, count_channels, find_channels
-from debackdoor.models.forward import to_faster_layout
+from debackdoor.models.layout import to_faster_layout
 from debackdoor.rnp.recover import RecoverSettings, recover
 from debackdoor.runtime import generator
 from debackdoor.types import CleanSet

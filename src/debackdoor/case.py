@@ -21,7 +21,8 @@ from debackdoor.detectors.label import RUNS, largest_pile_up, most_repeated, rep
 from debackdoor.detectors.margin import FEWEST_CLASSES
 from debackdoor.errors import ChanceError, DebackdoorError, ModelError, check_positive
 from debackdoor.memory import DEFAULT, images_within
-from debackdoor.models.forward import accuracy, predict, to_faster_layout, trusted_precision
+from debackdoor.models.forward import accuracy, predict, trusted_precision
+from debackdoor.models.layout import to_faster_layout
 from debackdoor.rnp.modes import normalisation_learns
 from debackdoor.rnp.unlearn import Unlearned, unlearn
 from debackdoor.runtime import at_once, resolve_device

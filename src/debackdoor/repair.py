@@ -18,7 +18,7 @@ from debackdoor.detectors.label import PileUp, largest_pile_up
 from debackdoor.detectors.words import findings, nothing_found
 from debackdoor.errors import check_fraction
 from debackdoor.memory import DEFAULT
-from debackdoor.models.forward import set_layout
+from debackdoor.models.layout import set_layout
 from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.types import CleanSet, Progress, RepairResult, Step, Verification
 

@@ -23,7 +23,8 @@ from debackdoor.data.augment import random_shift
 from debackdoor.defenses.base import Defense
 from debackdoor.defenses.levels import BUDGET, HOLDOUT, below_levels, blind_rule, cost, pruned_result, strongest
 from debackdoor.errors import DebackdoorError, check_fraction, check_positive
-from debackdoor.models.forward import accuracy, to_faster_layout
+from debackdoor.models.forward import accuracy
+from debackdoor.models.layout import to_faster_layout
 from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.rnp.prune import rank
 from debackdoor.runtime import autocast, generator

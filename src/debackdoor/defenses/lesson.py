@@ -85,7 +85,7 @@ class Batch:
     triggered_y: Tensor
     trigger: Tensor
 
-    def parts(self) -> list[Batch]:
+    def split(self) -> list[Batch]:
         """Batches that together are this one, each with images of all its kinds; one where the memory allows it."""
         kinds = [len(self.y), len(self.trigger), len(self.triggered_y) - len(self.trigger)]
         number = min(len(parts(len(self.seen))), *(kind for kind in kinds if kind))
@@ -175,7 +175,7 @@ class Lesson:
         found = self.triggers.parameters if self.triggers is not None else []
         moves = [torch.zeros_like(value) for value in found]
         self.optimizer.zero_grad()
-        for part in batch.parts():
+        for part in batch.split():
             clean, triggered, wanted = self._answers(part)
             share = len(part.y) / len(batch.y)
             loss = share * self._clean_loss(clean, wanted[: len(clean)], part.y)

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from debackdoor.errors import ModelError
 from debackdoor.runtime import at_most, autocast, has_fast_bf16
 
+AGREEMENT = 0.9
+"""The least share of answers that has to be the same in half precision."""
+
 
 def logits_of(output: Any) -> Tensor:
     """The (N, K) logits inside a model's output.
@@ -78,10 +81,6 @@ def label_shares(logits: Tensor) -> list[float]:
     return (counts / len(logits)).tolist()
 
 
-AGREEMENT = 0.9
-"""The least share of answers that has to be the same in half precision."""
-
-
 def trusted_precision(model: nn.Module, x: Tensor, precision: str) -> str:
     """The precision to compute in: fp32 for ``auto`` where the model's answers in bf16 are not finite, or others.
 
@@ -92,26 +91,3 @@ def trusted_precision(model: nn.Module, x: Tensor, precision: str) -> str:
     full, half = (predict(model, x, precision=name) for name in ("fp32", "bf16"))
     same = float((full.argmax(1) == half.argmax(1)).float().mean())
     return "auto" if same >= AGREEMENT and bool(torch.isfinite(half).all()) else "fp32"
-
-
-def to_faster_layout(model: nn.Module, x: Tensor) -> None:
-    """Brings the model's convolutions into the channels-last layout, which CPUs and GPUs are faster in.
-
-    A network that cannot take that (one that calls ``.view`` on feature maps) stays as it is. ``x`` is a small batch
-    (N, C, H, W) to try it on.
-    """
-    # The way back through group normalisation whose input needs no gradient crashes torch in that layout, on the CPU.
-    if any(isinstance(module, nn.GroupNorm) for module in model.modules()):
-        return
-    set_layout(model, torch.channels_last)
-    try:
-        predict(model, x)
-    except RuntimeError:
-        set_layout(model, torch.contiguous_format)
-
-
-def set_layout(model: nn.Module, layout: torch.memory_format) -> None:
-    """Brings the model's four-dimensional weights into a memory layout; no value changes."""
-    for parameter in model.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=layout)
