@@ -59,5 +59,7 @@ def threads(folder: Path, item: str) -> None:
 
 
 if __name__ == "__main__":
+    # What is started in the background ignores Ctrl-C, and what it starts in turn.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for _ in execute(partial(rest, Path(sys.argv[1])), [0, 1, 2], workers=2):
         pass
