@@ -13,16 +13,18 @@ from debackdoor.detectors.evidence import (
     RARE,
     STANDS_OUT,
     TRIGGERS,
+    WHOLE_MODEL,
     Evidence,
     Examination,
     remains,
 )
 from debackdoor.detectors.label import PileUp
-from debackdoor.detectors.perturbations import KINDS, Patch
+from debackdoor.detectors.perturbations import ALL_KINDS, KINDS, Patch, Tone
 from debackdoor.detectors.shortcut import Shortcuts
 from debackdoor.detectors.universal import AWAY
 from evidence_cases import evidence
 from rnp_cases import quadrant_set, quadrants
+from shortcut_cases import CLASSES, row_images, switched_to_the_next
 
 CHANCE = 1 / 5
 BIT = 0.01
@@ -49,8 +51,15 @@ def test_one_reason_is_enough(given: Evidence, label: int, why: tuple[str, ...])
     assert given.reasons == {label: why}
     assert given.label == label
     assert {aim.target for aim in given.aims} == {label}
-    assert {aim.kind for aim in given.aims} == set(KINDS)
+    assert {aim.kind for aim in given.aims} == set(ALL_KINDS if set(why) <= set(WHOLE_MODEL) else KINDS)
     assert len(given.aims) >= TRIGGERS
+
+
+def test_colours_are_changed_where_nothing_led_to_the_label() -> None:
+    found = evidence(margin=(2, 4.0, RARE), pile_up=PileUp(0, 0.9), patch={0: 0.9})
+    assert found.reasons == {0: ("pile-up", "patch"), 2: ("margin",)}
+    assert found.unseen == [2]
+    assert {aim.target for aim in found.aims if aim.kind is Tone} == {2}
 
 
 def test_the_label_with_most_reasons_comes_first_and_then_the_stronger() -> None:
@@ -65,6 +74,16 @@ def test_all_to_all_has_no_label_and_patches_that_lead_away() -> None:
     assert found.exposed
     assert found.label is None
     assert {(aim.kind, aim.target) for aim in found.aims} == {(Patch, AWAY)}
+
+
+@pytest.mark.parametrize(("away", "kept"), [(0.0, False), (2.0, True)])
+def test_a_second_search_away_counts_where_it_finds_more(away: float, kept: bool) -> None:
+    data = row_images()
+    found = evidence(away=away)
+    again = Examination(data, data, CLASSES, precision="fp32").away_again(switched_to_the_next(), found)
+    assert (again == found) == kept
+    assert again.all_to_all
+    assert again.shortcuts.rates == found.shortcuts.rates
 
 
 def test_two_faint_signs_count_where_they_agree() -> None:
@@ -123,14 +142,14 @@ def test_strengths_are_multiples_of_the_thresholds() -> None:
 
 
 def test_two_faint_signs_are_as_strong_as_the_weaker_of_them() -> None:
-    """A share of 1.2 times ``FAINT`` above chance, and a margin of 2, 1.1 or half the rarity that is asked for."""
-    share = CHANCE + 1.2 * FAINT
+    """A share of 1.1 times ``FAINT`` above chance, and a margin of 2, 1.05 or half the rarity that is asked for."""
+    share = CHANCE + 1.1 * FAINT
     assert share - CHANCE < PILED_UP
-    for power, wanted in ((2.0, 1.2), (1.1, 1.1)):
+    for power, wanted in ((2.0, 1.1), (1.05, 1.05)):
         together = evidence(margin=(3, 1.9, FAIRLY_RARE**power), pile_up=PileUp(3, share)).strengths[3]
         assert (together["margin"], together["pile-up"]) == pytest.approx((wanted, wanted))
     apart = evidence(margin=(3, 1.9, FAIRLY_RARE**0.5), pile_up=PileUp(3, share)).strengths[3]
-    assert apart["pile-up"] == pytest.approx(1.2 * FAINT / PILED_UP)
+    assert apart["pile-up"] == pytest.approx(1.1 * FAINT / PILED_UP)
     assert apart["margin"] == pytest.approx(0.5 * math.log(FAIRLY_RARE) / math.log(RARE))
 
 

@@ -17,6 +17,7 @@ from debackdoor.detectors.perturbations import KINDS
 from debackdoor.detectors.shortcut import Shortcuts
 from debackdoor.evaluation import evaluate
 from debackdoor.types import RepairResult
+from evidence_cases import evidence
 from rnp_cases import lived_in, quadrant_set, quadrants
 
 # Not ``import debackdoor.repair as ...``, which is the function.
@@ -163,6 +164,20 @@ def test_an_unlearning_that_did_not_get_there_is_inconclusive(monkeypatch: pytes
     assert result.verification is not None
     assert (result.verification.conclusive, result.verification.passed, result.changed) == (False, False, False)
     assert "not unlearned" in result.verification.message
+
+
+@pytest.mark.parametrize(("unseen", "passed"), [(True, False), (False, True)])
+def test_the_unlearnings_are_repeated_where_no_search_had_led_to_the_label(
+    unseen: bool, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answers gather on label 1 after the repair, too; a search that led there before is the better judge."""
+    before = evidence(pile_up=PileUp(1, 0.9), **({} if unseen else {"patch": {1: 0.9}}))
+    monkeypatch.setattr(EVIDENCE.Examination, "again", lambda *_: evidence())
+    monkeypatch.setattr(CASE.Case, "pile_ups", lambda *_: [0.0, 0.9, 0.0, 0.0, 0.0])
+    case = CASE.open_case(lived_in(), quadrant_set(), RNP())
+    verification = REPAIR.repair_case(case, case.expose(), before, budget=0.5).verification
+    assert verification.passed == passed
+    assert verification.label == 1
 
 
 def repair_and_evaluate(victim: DigitsVictim) -> tuple[RepairResult, float, float]:

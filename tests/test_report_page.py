@@ -130,7 +130,7 @@ def test_the_suspect_label_and_its_evidence(page: Any) -> None:
     assert "The suspect label: 3 (cat)" in words
     assert "What speaks against it: the answers that gather on it" in words
     assert "At the peak: 97.0 % of the answers on 3 (cat), after 30 steps." in words
-    assert "97.0 % on 3 (cat) Counts ; the threshold is 44.0 %" in words
+    assert "97.0 % on 3 (cat) Counts ; the threshold is 40.0 %" in words
     assert "p = 2 × 10⁻²⁰, 4.3 times the others', for 3 (cat) Counts ; the threshold is p ≤ 1 × 10⁻⁹" in words
     assert "99.0 % go to 3 (cat), 87 points above what is usual Counts" in words
     assert "22.0 % go to 3 (cat), 10 points above what is usual Does not count" in words
@@ -146,7 +146,7 @@ def test_the_bars_stand_for_multiples_of_the_threshold(page: Any) -> None:
 
 def test_a_sign_above_its_threshold_need_not_count(page: Any) -> None:
     found = page(cases.scan("suspicious"))  # a pile-up tells nothing of a network without batch normalisation
-    assert "97.0 % on 3 (cat) Above its threshold, but does not count here; the threshold is 44.0 %" in found.words
+    assert "97.0 % on 3 (cat) Above its threshold, but does not count here; the threshold is 40.0 %" in found.words
     meters = [item["class"] for item in found.all("span") if item.get("class", "").startswith("meter")]
     assert meters == ["meter", "meter over", "meter", "meter", "meter"]
 

@@ -90,6 +90,10 @@ class Case:
 
     def evidence(self, exposure: Exposure) -> Evidence:
         """All that speaks for a backdoor in the suspect model."""
+        found = self._at_first(exposure)
+        return found if found.exposed else self.examine.away_again(self.suspect, found)
+
+    def _at_first(self, exposure: Exposure) -> Evidence:
         if self.classes < FEWEST_CLASSES or not normalisation_learns(self.suspect):
             return self.examine(self.suspect, largest_pile_up(exposure.unlearned.history).label)
         pile_up = most_repeated(self.pile_ups(self.suspect))

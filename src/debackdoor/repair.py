@@ -103,9 +103,9 @@ def _relearned(case: Case, result: RepairResult, exposure: Exposure, evidence: E
 
 
 def _examine_again(case: Case, model: nn.Module, before: Evidence) -> Evidence:
-    """The same searches on the repaired model, and the unlearnings anew where a pile-up alone had told a label."""
+    """The same searches on the repaired model, and the unlearnings anew where none had led to the pile-up's label."""
     after = case.examine.again(model, before)
-    if before.pile_up is None or before.reasons.get(before.pile_up.label) != ("pile-up",):
+    if before.pile_up is None or before.pile_up.label not in before.unseen:
         return after
     label = before.pile_up.label
     return replace(after, pile_up=PileUp(label, case.pile_ups(model)[label]))

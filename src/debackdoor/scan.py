@@ -14,7 +14,7 @@ from torch import nn
 
 from debackdoor.case import Case, open_case
 from debackdoor.defenses.rnp import RNP, Exposure
-from debackdoor.detectors.evidence import Evidence
+from debackdoor.detectors.evidence import WHOLE_MODEL, Evidence
 from debackdoor.detectors.label import growth, largest_pile_up, peak_share
 from debackdoor.detectors.shortcut import lead
 from debackdoor.detectors.trigger import recover_trigger, search_triggers
@@ -126,8 +126,8 @@ def _judge(evidence: Evidence, exposure: Exposure) -> tuple[str, str]:
 def _disagree(evidence: Evidence) -> bool:
     """Whether the model-wide signs name different labels, and no trigger was found towards any of them, or to many."""
     reasons = evidence.reasons
-    wide = [label for label, names in reasons.items() if {"pile-up", "margin"} & set(names)]
-    backed = [label for label, names in reasons.items() if len(names) > 1 or not {"pile-up", "margin"} & set(names)]
+    wide = [label for label, names in reasons.items() if set(WHOLE_MODEL) & set(names)]
+    backed = [label for label, names in reasons.items() if len(names) > 1 or not set(WHOLE_MODEL) & set(names)]
     return len(wide) > 1 and not backed and not evidence.all_to_all
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from debackdoor.detectors.label import PileUp
 from debackdoor.detectors.margin import Margins, largest_margins
-from debackdoor.detectors.perturbations import KINDS
+from debackdoor.detectors.perturbations import KINDS, Tone
 from debackdoor.detectors.shortcut import AWAY_STARTS, Shortcuts, find_shortcuts, lead
 from debackdoor.detectors.squares import Square, Squares, find_squares
 from debackdoor.detectors.universal import Aim, aims_at, patches_away
@@ -26,7 +26,7 @@ The probability is read off a distribution that a handful of labels gave, and sm
 come far below 0.001.
 """
 
-PILED_UP, FAINT = 0.34, 0.25
+PILED_UP, FAINT = 0.3, 0.25
 """How far above chance (1 / K) the share of answers on one label must be to count, alone or with a fairly rare margin.
 
 That two faint signs name the same label by chance is one in K.
@@ -46,7 +46,10 @@ COMPARED = 5
 
 SQUARE = "square"
 
-SIGNS = ("pile-up", "margin", *(kind.kind for kind in KINDS), SQUARE)
+WHOLE_MODEL = ("pile-up", "margin")
+"""Signs that show no trigger."""
+
+SIGNS = (*WHOLE_MODEL, *(kind.kind for kind in KINDS), SQUARE)
 """All that can speak against a label."""
 
 TRIGGERS = 8
@@ -138,8 +141,14 @@ class Evidence:
     def aims(self) -> list[Aim]:
         """The triggers that it would take to unlearn what was found."""
         labels = list(self.reasons)
-        aims = aims_at(labels, math.ceil(TRIGGERS / (len(KINDS) * max(1, len(labels)))))
-        return [*aims, *patches_away(TRIGGERS if self.all_to_all else 0)]
+        count = math.ceil(TRIGGERS / (len(KINDS) * max(1, len(labels))))
+        away = patches_away(TRIGGERS if self.all_to_all else 0)
+        return [*aims_at(labels, count), *aims_at(self.unseen, count, [Tone]), *away]
+
+    @property
+    def unseen(self) -> list[int]:
+        """The suspect labels to which no perturbation or square leads: their trigger may be of another kind."""
+        return [label for label, names in self.reasons.items() if set(names) <= set(WHOLE_MODEL)]
 
     @property
     def stamps(self) -> list[Square]:
@@ -201,6 +210,16 @@ class Examination:
         by_margin = [int(label) for label in np.argsort(margins.values)[::-1] if label != first]
         shortcuts = self._shortcuts(model, [first, *by_margin][:MOST_LABELS], AWAY_STARTS)
         return Evidence(margins, shortcuts, self._squares(model))
+
+    def away_again(self, model: nn.Module, found: Evidence) -> Evidence:
+        """What was found, with a second search for patches that lead away: not every one finds an all-to-all backdoor.
+
+        It has no other aims beside it, whose draws would decide where the patches start.
+        """
+        more = replace(self, seed=self.seed + 1)._shortcuts(model, (), AWAY_STARTS)
+        if more.spread <= found.shortcuts.spread:
+            return found
+        return replace(found, shortcuts=replace(found.shortcuts, away=more.away, gathered=more.gathered))
 
     def again(self, model: nn.Module, before: Evidence) -> Evidence:
         """The same for a repaired model from a new start, with shortcuts to the suspects and a few labels beside."""
