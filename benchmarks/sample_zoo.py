@@ -5,7 +5,8 @@
     python benchmarks/sample_zoo.py table benchmarks/results/samples --into docs/results.md
 
 Every detector gets the model, clean training images that nothing was taught on, and a pile of test images, of which
-some carry the trigger; once with the suspect model and once with the exposed one. Triggered images of an all-to-one
+some carry the trigger; once with the suspect model and once with the exposed one. A record that lacks a detector gets
+it added. Triggered images of an all-to-one
 backdoor are of other classes than its target; whether the trigger succeeds on them is not asked.
 """
 
@@ -30,20 +31,19 @@ from torch import Tensor, nn
 import debackdoor as db
 from debackdoor.attacks import load_trigger
 from debackdoor.attacks.base import ALL_TO_ONE
-from debackdoor.case import open_case
+from debackdoor.case import Case, open_case
 from debackdoor.defenses import RNP
-from debackdoor.detect import expose_several
+from debackdoor.detect import DETECTORS, expose_several, repair_changed
 from debackdoor.detectors.clustering import ActivationClustering
 from debackdoor.detectors.cognitive_distillation import CognitiveDistillation
-from debackdoor.detectors.sample_base import SampleDetector
 from debackdoor.detectors.samples import ExposedMargin, smallest
+from debackdoor.detectors.shift import REPAIR_SHIFT, repair_shift
 from debackdoor.detectors.spectral import SpectralSignatures
 from debackdoor.detectors.strip import STRIP
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
 from debackdoor.models.forward import predict
 from debackdoor.runtime import generator, versions
-from debackdoor.types import CleanSet
 from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
 
 FALSE_POSITIVES = 0.01
@@ -51,10 +51,16 @@ FALSE_POSITIVES = 0.01
 SLOW = {CognitiveDistillation.name: 0.4}
 """Detectors that get the first images of the pile only, and how large a share."""
 
-OURS = (ExposedMargin,)
 BASELINES = (STRIP, CognitiveDistillation, SpectralSignatures, ActivationClustering)
-DETECTORS: dict[str, type[SampleDetector]] = {kind.name: kind for kind in (*BASELINES, *OURS)}
-"""By name; ours takes exposed models only, one or several."""
+WAYS: dict[str, tuple[str, ...]] = {
+    **{kind.name: ("original", "exposed") for kind in BASELINES},
+    ExposedMargin.name: ("exposed", "several exposed"),
+    REPAIR_SHIFT: ("repaired",),
+}
+"""By the detector's name: the models that it is tried with."""
+
+BY_DETECTOR = ("images", "aurocs", "true_positive_rates", "false_positive_rates", "seconds", "commits")
+"""What a record tells of every detector."""
 
 Record = Mapping[str, Any]
 
@@ -66,56 +72,52 @@ def run(
     out: Annotated[Path, typer.Option(help="folder for the records")],
     names: Annotated[list[str] | None, typer.Argument(help="models of the zoo; by default all with a backdoor")] = None,
     zoo: Annotated[Path, typer.Option(help="the tier's folder")] = Path("zoo/slim"),
-    detectors: Annotated[list[str] | None, typer.Option("--detector", help=f"out of {', '.join(DETECTORS)}")] = None,
+    detectors: Annotated[list[str] | None, typer.Option("--detector", help=f"out of {', '.join(WAYS)}")] = None,
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="of the images and all methods")] = None,
     limit: Annotated[int, typer.Option(help="clean images")] = 500,
     clean_tests: Annotated[int, typer.Option(help="images without trigger in the pile")] = 250,
     triggered: Annotated[int, typer.Option(help="images with it")] = 250,
 ) -> None:
     """One record a model and seed; finished ones are skipped."""
-    unknown = set(detectors or ()) - set(DETECTORS)
-    if unknown:
-        raise typer.BadParameter(f"expected detectors out of {', '.join(DETECTORS)}, got {', '.join(sorted(unknown))}")
+    if unknown := set(detectors or ()) - set(WAYS):
+        raise typer.BadParameter(f"expected detectors out of {', '.join(WAYS)}, got {', '.join(sorted(unknown))}")
     out.mkdir(parents=True, exist_ok=True)
-    chosen = [DETECTORS[name] for name in detectors or DETECTORS]
     cards = [card for card in list_cards(zoo) if card.attack != CLEAN and (not names or card.name in names)]
     for card, seed in product(cards, seeds or [0]):
         target = out / f"{card.name}-seed{seed}-n{limit}.json"
-        if not target.exists():
-            record = measure(card, zoo, chosen, seed, limit, (clean_tests, triggered))
+        before = json.loads(target.read_text()) if target.exists() else {}
+        missing = [name for name in detectors or WAYS if name not in before.get("aurocs", {})]
+        if missing:
+            record = joined(before, measure(card, zoo, missing, seed, limit, (clean_tests, triggered)))
             atomic_write_text(target, json.dumps(record, indent=1) + "\n")
             typer.echo(row(card.name, [record], list(record["aurocs"])))
 
 
+def joined(before: Record, added: Record) -> Record:
+    """A record with the detectors of another one added: what is told by detector is told of both."""
+    by_detector = {name: {**before.get(name, {}), **added[name]} for name in BY_DETECTOR}
+    return {**added, **before, **by_detector}
+
+
 def measure(
-    card: Card, zoo: Path, detectors: Sequence[type[SampleDetector]], seed: int, limit: int, sizes: tuple[int, int]
+    card: Card, zoo: Path, detectors: Sequence[str], seed: int, limit: int, sizes: tuple[int, int]
 ) -> dict[str, Any]:
     """Lets every detector judge one pile, with one model and with what unlearning makes of it."""
     images_of_both_parts = db.load_clean(card.dataset, limit=limit, seed=seed)
     case = open_case(load_model(weights_of(zoo, card.name), card.arch), images_of_both_parts, RNP(seed=seed))
-    model = case.suspect
-    clean = replace(case.holdout, y=predict(model, case.holdout.x).argmax(1))
     pile = draw_pile(card, zoo, seed, sizes)
-    succeeded = predict(model, pile.triggered).argmax(1) == pile.wanted
-    started = time.perf_counter()
-    exposed = case.unlearn(model)
-    judges = {
-        "original": [model],
-        "exposed": [exposed.model],
-        "several exposed": [unlearned.model for unlearned in expose_several(case, several=True)],
-    }
-    seconds = time.perf_counter() - started
-    found: dict[str, dict[str, dict[str, float]]] = defaultdict(lambda: defaultdict(dict))
-    images = {}
-    for detector in detectors:
-        part = pile.beginning(SLOW.get(detector.name, 1.0))
-        images[detector.name] = {"clean": len(part.clean), "triggered": len(part.triggered)}
-        answers = predict(model, part.x).argmax(1)
-        for which in ("exposed", "several exposed") if detector in OURS else ("original", "exposed"):
-            for what, value in _judge(detector(seed=seed), judges[which], clean, part, answers).items():
-                found[what][detector.name][which] = value
+    succeeded = predict(case.suspect, pile.triggered).argmax(1) == pile.wanted
+    judges = _judges(case, {which for name in detectors for which in WAYS[name]})
+    found: dict[str, dict[str, Any]] = {name: defaultdict(dict) for name in BY_DETECTOR}
+    for name in detectors:
+        part = pile.beginning(SLOW.get(name, 1.0))
+        found["images"][name] = {"clean": len(part.clean), "triggered": len(part.triggered)}
+        found["commits"][name] = commit()
+        for which in WAYS[name]:
+            for what, value in _judge(name, case, judges[which], part).items():
+                found[what][name][which] = value
     return {
-        "schema": "debackdoor/samples/1",
+        "schema": "debackdoor/samples/2",
         "model": card.name,
         "attack": card.attack,
         "dataset": card.dataset,
@@ -124,18 +126,26 @@ def measure(
         "mode": card.mode,
         "seed": seed,
         "clean_images": limit,
-        "holdout_images": len(clean),
-        "images": images,
+        "holdout_images": len(case.holdout),
         "triggers_that_succeed": int(succeeded.sum()) / len(succeeded),
-        "exposed": {"reason": exposed.reason, "accuracy": exposed.accuracy, "seconds": round(seconds, 1)},
         "false_positives_aimed_at": FALSE_POSITIVES,
         **found,
         "sha256": card.sha256,
         "versions": versions(),
         "threads": torch.get_num_threads(),
-        "commit": commit(),
         "error": None,
     }
+
+
+def _judges(case: Case, wanted: set[str]) -> dict[str, list[nn.Module]]:
+    """The models that the detectors look at; none where a repair would change nothing."""
+    makers: dict[str, Callable[[], list[nn.Module]]] = {
+        "original": lambda: [case.suspect],
+        "exposed": lambda: [case.unlearn(case.suspect).model],
+        "several exposed": lambda: [unlearned.model for unlearned in expose_several(case, several=True)],
+        "repaired": lambda: [model for model in [repair_changed(case)] if model is not None],
+    }
+    return {which: make() for which, make in makers.items() if which in wanted}
 
 
 @dataclass(frozen=True)
@@ -174,12 +184,10 @@ def draw_pile(card: Card, zoo: Path, seed: int, sizes: tuple[int, int]) -> Pile:
     return Pile(test.x[clean], attack.apply(victims.x), attack.target_labels(victims.y))
 
 
-def _judge(
-    detector: SampleDetector, models: Sequence[nn.Module], clean: CleanSet, pile: Pile, answers: Tensor
-) -> dict[str, float]:
+def _judge(name: str, case: Case, models: Sequence[nn.Module], pile: Pile) -> dict[str, float]:
     """How well one detector tells the pile's halves apart, and what a threshold from clean images flags of each."""
     started = time.perf_counter()
-    scores, of_clean = smallest(detector, models, clean, pile.x, answers)
+    scores, of_clean = _scores(name, case, models, pile.x)
     seconds = time.perf_counter() - started
     triggered = torch.arange(len(scores)) >= len(pile.clean)
     flagged = scores > of_clean.quantile(1 - FALSE_POSITIVES)
@@ -189,6 +197,18 @@ def _judge(
         "false_positive_rates": int(flagged[~triggered].sum()) / len(pile.clean),
         "seconds": round(seconds, 1),
     }
+
+
+def _scores(name: str, case: Case, models: Sequence[nn.Module], images: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of the pile and of the held-out clean images, as ``detect_samples`` makes them."""
+    if name == REPAIR_SHIFT and models:
+        one, other = (repair_shift(case.suspect, models[0], x) for x in (images, case.holdout.x))
+        return one, other
+    if name == REPAIR_SHIFT:
+        name, models = ExposedMargin.name, [unlearned.model for unlearned in expose_several(case, several=True)]
+    answers, of_clean = (predict(case.suspect, x).argmax(1) for x in (images, case.holdout.x))
+    detector = DETECTORS[name](seed=case.method.seed)
+    return smallest(detector, models, replace(case.holdout, y=of_clean), images, answers)
 
 
 @app.command()
@@ -208,7 +228,7 @@ def table(
 
 
 def render(records: Sequence[Record]) -> str:
-    """One row a model; in each cell the AUROC on the original and the exposed model; ours: on one and on several."""
+    """One row a model; in each cell the AUROC with each of the models that the detector was tried with."""
     by_model: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         by_model[record["model"]].append(record)
@@ -228,9 +248,9 @@ def row(model: str, records: Sequence[Record], detectors: Sequence[str]) -> str:
 
 
 def _cell(models: Sequence[Sequence[Record]], detector: str, summarise: Callable[[Sequence[float]], float]) -> str:
-    """``original / exposed``, or ``exposed / several exposed``: summaries over the models' means over their records."""
+    """A number a model that was looked at, in the order of ``WAYS``: summaries over means over the records."""
     parts = []
-    for which in ("original", "exposed", "several exposed"):
+    for which in WAYS[detector]:
         values = [[record["aurocs"].get(detector, {}).get(which) for record in records] for records in models]
         means = [statistics.mean(found) for found in values if None not in found]
         parts += [f"{summarise(means):.3f}"] if means else []

@@ -2,7 +2,7 @@
 
     python benchmarks/scan_and_repair_zoo.py --scans benchmarks/results/scan --repairs benchmarks/results/repair
 
-The records are those of ``scan_zoo.py run --no-baseline`` and ``repair_zoo.py run``, with the time of what both begin
+The records are those of ``scan_zoo.py run`` and ``repair_zoo.py run``, with the time of what both begin
 with in the seconds of each.
 """
 
@@ -59,7 +59,7 @@ def _measure(card: Card, zoo: Path, seed: int, limit: int, scan_to: Path, repair
     result = repair_case(case, exposure, evidence)
     times.append(time.perf_counter())
     shared, scanning, repairing = (after - before for before, after in pairwise(times))
-    scanned = scan_zoo.record_of(report, card, zoo, case, exposure, shared + scanning, baseline=False)
+    scanned = scan_zoo.record_of(report, card, zoo, case, shared + scanning)
     atomic_write_text(scan_to, json.dumps(scanned, indent=1) + "\n")
     repaired = repair_zoo.record_of(result, card, zoo, "repair", seed, clean, shared + repairing)
     atomic_write_text(repair_to, json.dumps(repaired, indent=1) + "\n")

@@ -1,11 +1,12 @@
 """Scans the zoo's models, once a seed; writes a run record of each, tables, and how the threshold was calibrated.
 
     python benchmarks/scan_zoo.py run --out benchmarks/results/scan
+    python benchmarks/scan_zoo.py baseline benchmarks/results/scan --seed 0
     python benchmarks/scan_zoo.py table benchmarks/results/scan --into docs/results.md --summary-into README.md
     python benchmarks/scan_zoo.py calibrate benchmarks/results/scan --into docs/results.md
 
-A scan gets the model and the clean images alone. Neural Cleanse is run beside it on the suspect model, as published,
-and on the exposed one; the true trigger is looked at once, when all are done.
+A scan gets the model and the clean images alone. Neural Cleanse runs on the suspect model, as published, and on the
+exposed one; the true trigger is looked at once, when all are done.
 """
 
 from __future__ import annotations
@@ -27,14 +28,13 @@ import debackdoor as db
 from debackdoor.attacks import load_trigger
 from debackdoor.case import Case, open_case
 from debackdoor.defenses import RNP
-from debackdoor.defenses.rnp import Exposure
 from debackdoor.detectors.neural_cleanse import Anomalies, neural_cleanse
 from debackdoor.detectors.trigger import success_rate
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
 from debackdoor.runtime import versions
 from debackdoor.scan import scan_case
-from debackdoor.types import CleanSet, RecoveredTrigger, ScanReport
+from debackdoor.types import RecoveredTrigger, ScanReport
 from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
 
 PATCHES = ("badnets", "trojan", "cl", "awp")
@@ -53,7 +53,6 @@ def run(
     zoo: Annotated[Path, typer.Option(help="the tier's folder")] = Path("zoo/slim"),
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="of the clean images and the searches")] = None,
     limit: Annotated[int, typer.Option(help="clean images")] = 500,
-    baseline: Annotated[bool, typer.Option(help="run Neural Cleanse beside it")] = True,
 ) -> None:
     """One record a model and seed; finished ones are skipped."""
     out.mkdir(parents=True, exist_ok=True)
@@ -61,35 +60,44 @@ def run(
     for card, seed in product(cards, seeds or [0]):
         target = out / f"{card.name}-seed{seed}-n{limit}.json"
         if not target.exists():
-            record = measure(card, zoo, seed, limit, baseline)
+            record = measure(card, zoo, seed, limit)
             atomic_write_text(target, json.dumps(record, indent=1) + "\n")
             typer.echo(f"{card.name} seed {seed}: {record['verdict']}, {record['score']:.2f}, {record['seconds']} s")
 
 
-def measure(card: Card, zoo: Path, seed: int, limit: int, baseline: bool) -> dict[str, Any]:
-    """Scans one model, and lets Neural Cleanse look at it and at its exposed copy."""
-    clean = db.load_clean(card.dataset, limit=limit, seed=seed)
-    model = load_model(weights_of(zoo, card.name), card.arch)
-    started = time.perf_counter()
-    case = open_case(model, clean, RNP(seed=seed))
+@app.command()
+def baseline(
+    records: Annotated[Path, typer.Argument(help="folder of records of scans")],
+    zoo: Annotated[Path, typer.Option(help="the tier's folder")] = Path("zoo/slim"),
+    seeds: Annotated[list[int] | None, typer.Option("--seed", help="of the records")] = None,
+) -> None:
+    """Runs Neural Cleanse where a record has none, and adds it to that."""
+    cards = {card.name: card for card in list_cards(zoo)}
+    for path in sorted(records.glob("*.json")):
+        record = json.loads(path.read_text())
+        if record["seed"] in (seeds or [0]) and not record["neural_cleanse"]:
+            found = cleanse(cards[record["model"]], zoo, record["seed"], record["clean_images"])
+            triggers = {**record["triggers"], **found.pop("triggers")}
+            atomic_write_text(path, json.dumps({**record, **found, "triggers": triggers}, indent=1) + "\n")
+            typer.echo(f"{path.stem}: {found['neural_cleanse']['original']['index']:.1f}")
+
+
+def measure(card: Card, zoo: Path, seed: int, limit: int) -> dict[str, Any]:
+    """Scans one model."""
+    started, case = time.perf_counter(), _open(card, zoo, seed, limit)
     exposure = case.expose()
     report = scan_case(case, exposure, case.evidence(exposure))
-    seconds = time.perf_counter() - started
-    return record_of(report, card, zoo, case, exposure, seconds, baseline)
+    return record_of(report, card, zoo, case, time.perf_counter() - started)
 
 
-def record_of(
-    report: ScanReport, card: Card, zoo: Path, case: Case, exposure: Exposure, seconds: float, baseline: bool
-) -> dict[str, Any]:
-    """What the scan found, and what Neural Cleanse finds, compared with the true trigger."""
-    seed = case.method.seed
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+def _open(card: Card, zoo: Path, seed: int, limit: int) -> Case:
+    clean = db.load_clean(card.dataset, limit=limit, seed=seed)
+    return open_case(load_model(weights_of(zoo, card.name), card.arch), clean, RNP(seed=seed))
+
+
+def record_of(report: ScanReport, card: Card, zoo: Path, case: Case, seconds: float) -> dict[str, Any]:
+    """What the scan found, compared with the true trigger."""
     recovered = {"scan": report.trigger} if report.trigger is not None else {}
-    cleansed = {}
-    for which, judge in {"original": case.suspect, "exposed": exposure.unlearned.model}.items() if baseline else ():
-        found = neural_cleanse(judge.requires_grad_(False), case.fit, case.holdout, case.classes, seed=seed)
-        cleansed[which] = {"index": found.index, "label": found.label, "l1": [item.l1 for item in found.triggers]}
-        recovered[f"neural-cleanse-{which}"] = _towards(found, card)
     return {
         "schema": "debackdoor/scan-bench/1",
         "model": card.name,
@@ -98,7 +106,7 @@ def record_of(
         "arch": card.arch,
         "target": card.target,
         "mode": card.mode,
-        "seed": seed,
+        "seed": case.method.seed,
         "clean_images": len(case.clean),
         "verdict": report.verdict,
         "message": report.message,
@@ -106,10 +114,10 @@ def record_of(
         "all_to_all": report.all_to_all,
         "suspects": [{"label": suspect.label, "reasons": list(suspect.reasons)} for suspect in report.suspects],
         "evidence": dict(report.evidence),
-        "neural_cleanse": cleansed,
-        "triggers": {} if card.attack == CLEAN else _triggers(recovered, case.suspect, case.holdout, card, zoo),
+        "neural_cleanse": {},
+        "triggers": _triggers(recovered, case, card, zoo),
         "seconds": round(seconds, 1),
-        "peak_memory_mib": peak,
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "sha256": card.sha256,
         "versions": versions(),
         "threads": torch.get_num_threads(),
@@ -118,20 +126,32 @@ def record_of(
     }
 
 
+def cleanse(card: Card, zoo: Path, seed: int, limit: int) -> dict[str, Any]:
+    """What Neural Cleanse finds with the suspect model and with its exposed copy, for a record."""
+    case, cleansed, recovered = _open(card, zoo, seed, limit), {}, {}
+    exposed = case.unlearn(case.suspect).model
+    for which, judge in {"original": case.suspect, "exposed": exposed}.items():
+        found = neural_cleanse(judge.requires_grad_(False), case.fit, case.holdout, case.classes, seed=seed)
+        cleansed[which] = {"index": found.index, "label": found.label, "l1": [item.l1 for item in found.triggers]}
+        recovered[f"neural-cleanse-{which}"] = _towards(found, card)
+    triggers = _triggers(recovered, case, card, zoo)
+    return {"neural_cleanse": cleansed, "triggers": triggers, "baseline_commit": commit()}
+
+
 def _towards(found: Anomalies, card: Card) -> RecoveredTrigger:
     """The trigger towards the true target, so that a wrong guess of the label does not count twice."""
     return found.triggers[found.label if card.target is None else card.target]
 
 
-def _triggers(
-    recovered: dict[str, RecoveredTrigger], suspect: torch.nn.Module, holdout: CleanSet, card: Card, zoo: Path
-) -> dict[str, dict[str, Any]]:
+def _triggers(recovered: dict[str, RecoveredTrigger], case: Case, card: Card, zoo: Path) -> dict[str, dict[str, Any]]:
     """What recovered triggers do to the suspect model, and how far their masks are the true ones."""
-    attack, found = load_trigger(trigger_of(zoo, card.name)), {}
+    if card.attack == CLEAN:
+        return {}
+    attack, holdout, found = load_trigger(trigger_of(zoo, card.name)), case.holdout, {}
     true = (attack.apply(holdout.x) - holdout.x).abs().amax((0, 1)) > 1e-3
     for name, trigger in recovered.items():
         row: dict[str, Any] = {"label": trigger.label, "l1": trigger.l1}
-        row["success_rate"] = success_rate(suspect, trigger, holdout)
+        row["success_rate"] = success_rate(case.suspect, trigger, holdout)
         if card.attack in PATCHES and card.target == trigger.label:
             mask = trigger.mask[0] > trigger.mask.max() / 2
             row |= {"iou": overlap(mask, true), "shifted_iou": best_overlap(mask, true)}

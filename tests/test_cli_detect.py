@@ -214,8 +214,8 @@ def test_errors_from_within(shell: Shell, stand_in: StandIn, error: BaseExceptio
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--method", "guess"), "expected a method out of exposed-margin, strip, "),
-        (("--on", "original"), "for exposed-margin the exposed one, got 'original'"),
+        (("--method", "guess"), "expected a method out of repair-shift, exposed-margin, strip, "),
+        (("--on", "original"), "for repair-shift and exposed-margin the exposed one, got 'original'"),
         ((), "expected suspect images"),
         (("--suspects", "nowhere"), "nowhere: expected a folder"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import comb
@@ -17,9 +18,10 @@ from channel_cases import assert_as_found, snapshot
 from conftest import DigitsVictim
 from debackdoor.case import Case, open_case
 from debackdoor.defenses.rnp import RNP
-from debackdoor.detect import METHODS, SEVERAL, expose_several
+from debackdoor.detect import DETECTORS, SEVERAL, expose_several
 from debackdoor.detectors.sample_base import SampleDetector
 from debackdoor.detectors.samples import ExposedMargin, smallest
+from debackdoor.detectors.shift import repair_shift
 from debackdoor.errors import ChanceError, DataError, DebackdoorError, ModelError, TooFewError
 from debackdoor.evaluation import evaluate
 from debackdoor.rnp.unlearn import Unlearned
@@ -48,7 +50,7 @@ class Fixed(SampleDetector):
 
 @pytest.fixture
 def fixed(monkeypatch: pytest.MonkeyPatch) -> type[Fixed]:
-    monkeypatch.setitem(METHODS, "fixed", Fixed)
+    monkeypatch.setitem(DETECTORS, "fixed", Fixed)
     return Fixed
 
 
@@ -182,7 +184,8 @@ def test_it_is_conclusive_where_every_unlearning_got_there(
 
     monkeypatch.setattr(Case, "unlearn_parts", some)
     images = strip_set(4, seed=1).x
-    assert db.detect_samples(strips(), strip_set(), images, device="cpu").conclusive is conclusive
+    found = db.detect_samples(strips(), strip_set(), images, method="exposed-margin", device="cpu")
+    assert found.conclusive is conclusive
 
 
 def test_the_callers_model_is_left_alone_and_the_seed_decides() -> None:
@@ -191,15 +194,16 @@ def test_the_callers_model_is_left_alone_and_the_seed_decides() -> None:
     model[3].bias.grad = torch.ones(5)
     x, pile, before = clean.x.clone(), images.clone(), snapshot(model)
     heard: list[str] = []
+    settings: dict[str, Any] = {"method": "exposed-margin", "device": "cpu"}
     one = db.detect_samples(
-        model, clean, images, seed=2, device="cpu", progress=lambda stage, *_: heard.append(stage)
+        model, clean, images, seed=2, progress=lambda stage, *_: heard.append(stage), **settings
     )  # fmt: skip
     assert_as_found(model, before)  # torch's random state included
     assert torch.equal(clean.x, x)
     assert torch.equal(images, pile)
     torch.manual_seed(99)
     two, other = (
-        db.detect_samples(strips(), clean, CleanSet(images, torch.zeros(4).long()), seed=seed, device="cpu")
+        db.detect_samples(strips(), clean, CleanSet(images, torch.zeros(4).long()), seed=seed, **settings)
         for seed in (2, 3)
     )
     assert torch.equal(one.scores, two.scores)
@@ -219,16 +223,16 @@ def test_the_callers_model_is_left_alone_when_interrupted(stage: str) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        db.detect_samples(model, quadrant_set(), PILE, device="cpu", progress=interrupt)
+        db.detect_samples(model, quadrant_set(), PILE, method="exposed-margin", device="cpu", progress=interrupt)
     assert_as_found(model, before)
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"method": "guess"}, DebackdoorError, "a method out of exposed-margin, strip, .*, got 'guess'; choose"),
+        ({"method": "guess"}, DebackdoorError, "a method out of repair-shift, exposed-margin, strip, .*, got 'guess'"),
         ({"on": "both"}, DebackdoorError, "out of exposed, original, .*, got 'both'; choose another"),
-        ({"on": "original"}, DebackdoorError, "for exposed-margin the exposed one, got 'original'; choose another"),
+        ({"on": "original"}, DebackdoorError, "for repair-shift and exposed-margin the exposed one, got 'original'"),
         ({"false_positive_rate": 1.5}, DebackdoorError, "false_positive_rate from 0 to 1, got 1.5; give a fraction"),
         ({"false_positive_rate": float("nan")}, DebackdoorError, "false_positive_rate from 0 to 1, got nan"),
         ({"seed": -1}, DebackdoorError, "a seed of at least 0, got -1; correct it"),
@@ -256,7 +260,55 @@ def test_bad_input_is_refused_in_one_sentence_before_the_work(
     assert heard == []
 
 
-def test_triggered_images_of_a_real_backdoor_are_told_apart(digits_victim: DigitsVictim) -> None:
+def test_a_shift_is_the_divergence_between_the_answers() -> None:
+    """One image's answers move from (1/4, 3/4) to (1/2, 1/2): ln(1/2) / 4 + 3 ln(3/2) / 4 nats; the other's stay."""
+
+    class Answers(nn.Module):
+        def __init__(self, shares: list[float]) -> None:
+            super().__init__()
+            self.logits = torch.tensor([shares, [0.5, 0.5]]).log()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.logits
+
+    found = repair_shift(Answers([0.25, 0.75]), Answers([0.5, 0.5]), torch.zeros(2, 1, 4, 4), precision="fp32")
+    assert found.tolist() == pytest.approx([0.25 * math.log(0.5) + 0.75 * math.log(1.5), 0.0], abs=1e-6)
+    with pytest.raises(ModelError, match="finite outputs"):
+        repair_shift(Answers([0.0, 1.0]), Answers([0.0, 1.0]), torch.zeros(2, 1, 4, 4), precision="fp32")
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_the_repair_is_asked_where_it_changes_something(changed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    repaired = quadrants()
+    with torch.no_grad():
+        next(iter(repaired.parameters())).mul_(0.5)
+    monkeypatch.setattr("debackdoor.detect.repair_changed", lambda case: repaired if changed else None)
+    found = db.detect_samples(quadrants(), quadrant_set(), PILE, device="cpu", precision="fp32")
+    if changed:
+        assert found.method == "repair-shift"
+        assert found.conclusive
+        assert torch.equal(found.scores, repair_shift(quadrants(), repaired, PILE, precision="fp32"))
+    else:
+        margins = db.detect_samples(quadrants(), quadrant_set(), PILE, method="exposed-margin", device="cpu")
+        assert found.method == margins.method == "exposed-margin on the exposed model"
+
+
+def test_a_shift_tells_triggered_images_of_a_real_backdoor_apart(digits_victim: DigitsVictim) -> None:
+    model, test, attack = digits_victim.trained.model, digits_victim.test, digits_victim.attack
+    later = test.x[250:][test.y[250:] != attack.target]
+    stamped = attack.apply(later)
+    stamped = stamped[model(stamped).argmax(1) == attack.target]
+    before = snapshot(model)
+    found = db.detect_samples(model, digits_victim.clean, torch.cat([test.x[:250], stamped]), device="cpu")
+    assert_as_found(model, before)
+    assert found.method == "repair-shift"
+    triggered = torch.arange(len(found)) >= 250
+    assert roc_auc_score(triggered, found.scores) > 0.97
+    assert found.flagged[~triggered].float().mean() < 0.05
+    assert found.p_value < 1e-6
+
+
+def test_a_margin_tells_triggered_images_of_a_real_backdoor_apart(digits_victim: DigitsVictim) -> None:
     """Half of the test images, and the other half with the trigger on them where it works.
 
     Clean images of the target label keep their answer, too: they score next highest, and one in a hundred of 125 held
@@ -268,7 +320,8 @@ def test_triggered_images_of_a_real_backdoor_are_told_apart(digits_victim: Digit
     stamped = attack.apply(later)
     stamped = stamped[model(stamped).argmax(1) == attack.target]
     before = snapshot(model)
-    found = db.detect_samples(model, digits_victim.clean, torch.cat([test.x[:250], stamped]), device="cpu")
+    pile = torch.cat([test.x[:250], stamped])
+    found = db.detect_samples(model, digits_victim.clean, pile, method="exposed-margin", device="cpu")
     assert_as_found(model, before)
     triggered = torch.arange(len(found)) >= 250
     assert roc_auc_score(triggered, found.scores) > 0.97

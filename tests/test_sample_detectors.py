@@ -340,12 +340,12 @@ def test_the_table_has_means_over_seeds_and_the_worst_model(monkeypatch: pytest.
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     render = importlib.import_module("sample_zoo").render
     records = [
-        {"model": "a", "aurocs": {"strip": {"original": 0.5, "exposed": 0.75}, "ours": {"exposed": 1.0}}},
-        {"model": "a", "aurocs": {"strip": {"original": 0.75, "exposed": 0.25}, "ours": {"exposed": 0.5}}},
+        {"model": "a", "aurocs": {"strip": {"original": 0.5, "exposed": 0.75}, "exposed-margin": {"exposed": 1.0}}},
+        {"model": "a", "aurocs": {"strip": {"original": 0.75, "exposed": 0.25}, "exposed-margin": {"exposed": 0.5}}},
         {"model": "b", "aurocs": {"strip": {"original": 0.125, "exposed": 1.0}}},
     ]
     assert render(records).splitlines() == [
-        "| model | strip | ours |",
+        "| model | strip | exposed-margin |",
         "|---|---|---|",
         "| a | 0.625 / 0.500 | 0.750 |",
         "| b | 0.125 / 1.000 | - |",

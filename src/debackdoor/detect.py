@@ -14,19 +14,24 @@ from debackdoor.detectors.clustering import ActivationClustering
 from debackdoor.detectors.cognitive_distillation import CognitiveDistillation
 from debackdoor.detectors.sample_base import SampleDetector, checked_pile
 from debackdoor.detectors.samples import ExposedMargin, smallest
+from debackdoor.detectors.shift import REPAIR_SHIFT, repair_shift
 from debackdoor.detectors.spectral import SpectralSignatures
 from debackdoor.detectors.strip import STRIP
 from debackdoor.errors import DebackdoorError, check_fraction
 from debackdoor.memory import DEFAULT
 from debackdoor.models.forward import predict
+from debackdoor.repair import repair_case
 from debackdoor.rnp.modes import normalisation_learns
 from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.types import CleanSet, Progress, SampleScores
 
-METHODS: dict[str, type[SampleDetector]] = {
+DETECTORS: dict[str, type[SampleDetector]] = {
     kind.name: kind for kind in (ExposedMargin, STRIP, CognitiveDistillation, SpectralSignatures, ActivationClustering)
 }
-"""Ways to score samples, by name; the first is the default."""
+"""Ways to score samples with one model, by name."""
+
+OWN = (REPAIR_SHIFT, ExposedMargin.name)
+"""Ways that look at models of their own."""
 
 MODELS = ("exposed", "original")
 
@@ -39,7 +44,7 @@ def detect_samples(
     clean: CleanSet,
     images: Tensor | CleanSet,
     *,
-    method: str = ExposedMargin.name,
+    method: str = REPAIR_SHIFT,
     on: str = "exposed",
     false_positive_rate: float = 0.01,
     seed: int = 0,
@@ -54,8 +59,9 @@ def detect_samples(
         model: any classifier of images (N, C, H, W) in [0, 1]; it is not changed.
         clean: the defender's trusted samples; a quarter of them, held out, set the threshold.
         images: the pile to judge, float32 (N, C, H, W) in [0, 1]; labels, where there are any, are not used.
-        method: one of :data:`METHODS`.
-        on: let the method look at the ``exposed`` model or the ``original`` one.
+        method: ``repair-shift``, or one of :data:`DETECTORS`; ``exposed-margin`` also takes its place where a repair
+            finds nothing and leaves the model as it is.
+        on: let a published method look at the ``exposed`` model or the ``original`` one.
         false_positive_rate: the share of clean images that may be flagged, a fraction.
         seed: of the split and everything random.
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -69,11 +75,12 @@ def detect_samples(
         ModelError: if the model does not classify the clean images.
     """
     check_fraction(false_positive_rate=false_positive_rate)
-    if method not in METHODS:
-        raise DebackdoorError(f"expected a method out of {', '.join(METHODS)}, got '{method}'; choose one of them")
-    if on not in MODELS or (on == "original" and METHODS[method] is ExposedMargin):
+    if method != REPAIR_SHIFT and method not in DETECTORS:
+        known = ", ".join((REPAIR_SHIFT, *DETECTORS))
+        raise DebackdoorError(f"expected a method out of {known}, got '{method}'; choose one of them")
+    if on not in MODELS or (on == "original" and method in OWN):
         raise DebackdoorError(
-            f"expected the model to look at out of {', '.join(MODELS)}, and for {ExposedMargin.name} the exposed one, "
+            f"expected the model to look at out of {', '.join(MODELS)}, and for {' and '.join(OWN)} the exposed one, "
             f"got '{on}'; choose another"
         )
     pile = images.x if isinstance(images, CleanSet) else images
@@ -85,19 +92,38 @@ def detect_samples(
 
 def _judge(case: Case, pile: Tensor, method: str, on: str, false_positive_rate: float) -> SampleScores:
     precision = case.method.precision
-    answers, of_clean = (predict(case.suspect, x, precision=precision).argmax(1) for x in (pile, case.holdout.x))
-    # Clean images are scored as those of the pile are, with the model's answers, right or wrong, as their labels.
-    holdout = replace(case.holdout, y=of_clean)
-    exposed = [] if on == "original" else expose_several(case, METHODS[method] is ExposedMargin)
-    judges = [unlearned.model for unlearned in exposed] or [case.suspect]
-    detector = METHODS[method](seed=case.method.seed, precision=precision)
-    found = smallest(detector, judges, holdout, pile, answers, progress=case.progress)
+    answers = predict(case.suspect, pile, precision=precision).argmax(1)
+    if method == REPAIR_SHIFT and (repaired := repair_changed(case)) is not None:
+        found = [repair_shift(case.suspect, repaired, x, precision=precision) for x in (pile, case.holdout.x)]
+        name, conclusive = method, True
+    else:
+        method = ExposedMargin.name if method == REPAIR_SHIFT else method
+        found, conclusive = _score(case, pile, answers, method, on)
+        name = f"{method} on the {on} model"
     scores, usual = (part.cpu() for part in found)
     threshold = float(torch.quantile(usual, 1 - false_positive_rate, interpolation="higher"))
     flagged = scores > threshold
     p_value = _by_chance(int(flagged.sum()), len(scores), int((usual > threshold).sum()), len(usual))
-    name, conclusive = f"{method} on the {on} model", all(unlearned.forgot for unlearned in exposed)
     return SampleScores(scores, threshold, flagged, answers.cpu(), false_positive_rate, p_value, name, conclusive)
+
+
+def _score(case: Case, pile: Tensor, answers: Tensor, method: str, on: str) -> tuple[list[Tensor], bool]:
+    """Scores of the pile and of the held-out clean images, and whether the clean task was unlearned for them."""
+    precision = case.method.precision
+    # Clean images are scored as those of the pile are, with the model's answers, right or wrong, as their labels.
+    holdout = replace(case.holdout, y=predict(case.suspect, case.holdout.x, precision=precision).argmax(1))
+    exposed = [] if on == "original" else expose_several(case, DETECTORS[method] is ExposedMargin)
+    judges = [unlearned.model for unlearned in exposed] or [case.suspect]
+    detector = DETECTORS[method](seed=case.method.seed, precision=precision)
+    found = smallest(detector, judges, holdout, pile, answers, progress=case.progress)
+    return list(found), all(unlearned.forgot for unlearned in exposed)
+
+
+def repair_changed(case: Case) -> nn.Module | None:
+    """The repaired model; None where nothing was found and the repair left everything as it was."""
+    exposure = case.expose()
+    result = repair_case(case, exposure, case.evidence(exposure))
+    return result.model if result.changed else None
 
 
 def expose_several(case: Case, several: bool) -> list[Unlearned]:

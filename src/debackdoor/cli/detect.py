@@ -34,9 +34,11 @@ def detect(
         Path | None, typer.Option(metavar="DIR", help="Copy the images that pass into this empty or new folder.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="exposed-margin, strip, cognitive-distillation, spectral or clustering.")
-    ] = "exposed-margin",
-    on: Annotated[str, typer.Option(help="Let the method look at the exposed or the original model.")] = "exposed",
+        str, typer.Option(help="repair-shift, exposed-margin, strip, cognitive-distillation, spectral or clustering.")
+    ] = "repair-shift",
+    on: Annotated[
+        str, typer.Option(help="Let a published method look at the exposed or the original model.")
+    ] = "exposed",
     false_positive_rate: Annotated[
         float, typer.Option("--fpr", min=0, max=1, help="The share of clean images that may be flagged, a fraction.")
     ] = 0.01,
