@@ -88,26 +88,40 @@ def run(
         before = json.loads(target.read_text()) if target.exists() else {}
         missing = [name for name in detectors or WAYS if name not in before.get("aurocs", {})]
         if missing:
-            record = joined(before, measure(card, zoo, missing, seed, limit, (clean_tests, triggered)))
-            atomic_write_text(target, json.dumps(record, indent=1) + "\n")
+            record = add_to(target, measure(card, zoo, missing, seed, limit, (clean_tests, triggered)))
             typer.echo(row(card.name, [record], list(record["aurocs"])))
 
 
-def joined(before: Record, added: Record) -> Record:
-    """A record with the detectors of another one added: what is told by detector is told of both."""
+def add_to(path: Path, added: Record) -> Record:
+    """Writes a record, beside the detectors that the one in this place has: what is told by detector is told of all."""
+    before = json.loads(path.read_text()) if path.exists() else {}
     by_detector = {name: {**before.get(name, {}), **added[name]} for name in BY_DETECTOR}
-    return {**added, **before, **by_detector}
+    record = {**added, **before, **by_detector}
+    atomic_write_text(path, json.dumps(record, indent=1) + "\n")
+    return record
 
 
 def measure(
     card: Card, zoo: Path, detectors: Sequence[str], seed: int, limit: int, sizes: tuple[int, int]
 ) -> dict[str, Any]:
     """Lets every detector judge one pile, with one model and with what unlearning makes of it."""
-    images_of_both_parts = db.load_clean(card.dataset, limit=limit, seed=seed)
-    case = open_case(load_model(weights_of(zoo, card.name), card.arch), images_of_both_parts, RNP(seed=seed))
-    pile = draw_pile(card, zoo, seed, sizes)
+    clean = db.load_clean(card.dataset, limit=limit, seed=seed)
+    case = open_case(load_model(weights_of(zoo, card.name), card.arch), clean, RNP(seed=seed))
+    wanted = {which for name in detectors for which in WAYS[name]}
+    return record_of(card, zoo, case, detectors, _judges(case, wanted), sizes)
+
+
+def record_of(
+    card: Card,
+    zoo: Path,
+    case: Case,
+    detectors: Sequence[str],
+    judges: Mapping[str, Sequence[nn.Module]],
+    sizes: tuple[int, int] = (250, 250),
+) -> dict[str, Any]:
+    """What the detectors make of one pile, with the models that each of them is tried with."""
+    pile = draw_pile(card, zoo, case.method.seed, sizes)
     succeeded = predict(case.suspect, pile.triggered).argmax(1) == pile.wanted
-    judges = _judges(case, {which for name in detectors for which in WAYS[name]})
     found: dict[str, dict[str, Any]] = {name: defaultdict(dict) for name in BY_DETECTOR}
     for name in detectors:
         part = pile.beginning(SLOW.get(name, 1.0))
@@ -124,8 +138,8 @@ def measure(
         "arch": card.arch,
         "target": card.target,
         "mode": card.mode,
-        "seed": seed,
-        "clean_images": limit,
+        "seed": case.method.seed,
+        "clean_images": len(case.clean),
         "holdout_images": len(case.holdout),
         "triggers_that_succeed": int(succeeded.sum()) / len(succeeded),
         "false_positives_aimed_at": FALSE_POSITIVES,
@@ -252,7 +266,7 @@ def _cell(models: Sequence[Sequence[Record]], detector: str, summarise: Callable
     parts = []
     for which in WAYS[detector]:
         values = [[record["aurocs"].get(detector, {}).get(which) for record in records] for records in models]
-        means = [statistics.mean(found) for found in values if None not in found]
+        means = [statistics.mean(found) for row in values if (found := [value for value in row if value is not None])]
         parts += [f"{summarise(means):.3f}"] if means else []
     return " / ".join(parts) or "-"
 

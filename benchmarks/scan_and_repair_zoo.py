@@ -1,9 +1,10 @@
 """Scans and repairs the zoo's models, once a seed, and looks at each only once for both; writes their run records.
 
-    python benchmarks/scan_and_repair_zoo.py --scans benchmarks/results/scan --repairs benchmarks/results/repair
+    python benchmarks/scan_and_repair_zoo.py --scans benchmarks/results/scan --repairs benchmarks/results/repair \\
+        --samples benchmarks/results/samples
 
-The records are those of ``scan_zoo.py run`` and ``repair_zoo.py run``, with the time of what both begin
-with in the seconds of each.
+The records are those of ``scan_zoo.py run``, ``repair_zoo.py run`` and, where a folder for them is given,
+``sample_zoo.py run --detector repair-shift``. What a scan and a repair both begin with is in the seconds of each.
 """
 
 from __future__ import annotations
@@ -15,38 +16,44 @@ from pathlib import Path
 from typing import Annotated
 
 import repair_zoo
+import sample_zoo
 import scan_zoo
 import typer
 
 import debackdoor as db
 from debackdoor.case import open_case
 from debackdoor.defenses import RNP
+from debackdoor.detectors.shift import REPAIR_SHIFT
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
 from debackdoor.repair import repair_case
 from debackdoor.scan import scan_case
-from debackdoor.zoo import Card, list_cards, weights_of
+from debackdoor.zoo import CLEAN, Card, list_cards, weights_of
 
 
 def run(
     scans: Annotated[Path, typer.Option(help="folder for the scans' records")],
     repairs: Annotated[Path, typer.Option(help="folder for the repairs' records")],
+    samples: Annotated[Path | None, typer.Option(help="folder for the records of sample detection")] = None,
     names: Annotated[list[str] | None, typer.Argument(help="models of the zoo; by default all")] = None,
     zoo: Annotated[Path, typer.Option(help="the tier's folder")] = Path("zoo/slim"),
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="of the clean images and the searches")] = None,
     limit: Annotated[int, typer.Option(help="clean images")] = 500,
 ) -> None:
-    """Two records a model and seed; those that have both are skipped."""
-    for folder in (scans, repairs):
+    """Two or three records a model and seed; those that have the first two are skipped."""
+    folders = [scans, repairs, *([samples] if samples is not None else [])]
+    for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     cards = [card for card in list_cards(zoo) if not names or card.name in names]
     for card, seed in product(cards, seeds or [0]):
-        targets = [folder / f"{card.name}-seed{seed}-n{limit}.json" for folder in (scans, repairs)]
-        if not all(target.exists() for target in targets):
+        targets = [folder / f"{card.name}-seed{seed}-n{limit}.json" for folder in folders]
+        if not all(target.exists() for target in targets[:2]):
             _measure(card, zoo, seed, limit, *targets)
 
 
-def _measure(card: Card, zoo: Path, seed: int, limit: int, scan_to: Path, repair_to: Path) -> None:
+def _measure(
+    card: Card, zoo: Path, seed: int, limit: int, scan_to: Path, repair_to: Path, samples_to: Path | None = None
+) -> None:
     clean = db.load_clean(card.dataset, limit=limit, seed=seed)
     model = load_model(weights_of(zoo, card.name), card.arch)
     times = [time.perf_counter()]
@@ -63,6 +70,9 @@ def _measure(card: Card, zoo: Path, seed: int, limit: int, scan_to: Path, repair
     atomic_write_text(scan_to, json.dumps(scanned, indent=1) + "\n")
     repaired = repair_zoo.record_of(result, card, zoo, "repair", seed, clean, shared + repairing)
     atomic_write_text(repair_to, json.dumps(repaired, indent=1) + "\n")
+    if samples_to is not None and card.attack != CLEAN:
+        judges = {"repaired": [result.model] if result.changed else []}
+        sample_zoo.add_to(samples_to, sample_zoo.record_of(card, zoo, case, [REPAIR_SHIFT], judges))
     typer.echo(f"{report.verdict} {report.score:.2f} {scanned['seconds']} s {repair_zoo.row([repaired])}")
 
 

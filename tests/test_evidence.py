@@ -13,13 +13,12 @@ from debackdoor.detectors.evidence import (
     RARE,
     STANDS_OUT,
     TRIGGERS,
-    WHOLE_MODEL,
     Evidence,
     Examination,
     remains,
 )
 from debackdoor.detectors.label import PileUp
-from debackdoor.detectors.perturbations import ALL_KINDS, KINDS, Patch, Tone
+from debackdoor.detectors.perturbations import KINDS, Patch
 from debackdoor.detectors.shortcut import Shortcuts
 from debackdoor.detectors.universal import AWAY
 from evidence_cases import evidence
@@ -51,15 +50,14 @@ def test_one_reason_is_enough(given: Evidence, label: int, why: tuple[str, ...])
     assert given.reasons == {label: why}
     assert given.label == label
     assert {aim.target for aim in given.aims} == {label}
-    assert {aim.kind for aim in given.aims} == set(ALL_KINDS if set(why) <= set(WHOLE_MODEL) else KINDS)
+    assert {aim.kind for aim in given.aims} == set(KINDS)
     assert len(given.aims) >= TRIGGERS
 
 
-def test_colours_are_changed_where_nothing_led_to_the_label() -> None:
+def test_labels_to_which_no_search_led() -> None:
     found = evidence(margin=(2, 4.0, RARE), pile_up=PileUp(0, 0.9), patch={0: 0.9})
     assert found.reasons == {0: ("pile-up", "patch"), 2: ("margin",)}
     assert found.unseen == [2]
-    assert {aim.target for aim in found.aims if aim.kind is Tone} == {2}
 
 
 def test_the_label_with_most_reasons_comes_first_and_then_the_stronger() -> None:

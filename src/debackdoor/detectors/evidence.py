@@ -13,7 +13,7 @@ from torch import nn
 
 from debackdoor.detectors.label import PileUp
 from debackdoor.detectors.margin import Margins, largest_margins
-from debackdoor.detectors.perturbations import KINDS, Tone
+from debackdoor.detectors.perturbations import KINDS
 from debackdoor.detectors.shortcut import AWAY_STARTS, Shortcuts, find_shortcuts, lead
 from debackdoor.detectors.squares import Square, Squares, find_squares
 from debackdoor.detectors.universal import Aim, aims_at, patches_away
@@ -141,9 +141,8 @@ class Evidence:
     def aims(self) -> list[Aim]:
         """The triggers that it would take to unlearn what was found."""
         labels = list(self.reasons)
-        count = math.ceil(TRIGGERS / (len(KINDS) * max(1, len(labels))))
-        away = patches_away(TRIGGERS if self.all_to_all else 0)
-        return [*aims_at(labels, count), *aims_at(self.unseen, count, [Tone]), *away]
+        aims = aims_at(labels, math.ceil(TRIGGERS / (len(KINDS) * max(1, len(labels)))))
+        return [*aims, *patches_away(TRIGGERS if self.all_to_all else 0)]
 
     @property
     def unseen(self) -> list[int]:

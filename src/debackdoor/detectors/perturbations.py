@@ -1,9 +1,8 @@
 """Universal perturbations: one change for all images, of the kinds that triggers are of.
 
 Additive patterns of small norm (Moosavi-Dezfooli et al., "Universal Adversarial Perturbations", CVPR 2017), patches of
-few pixels (Wang et al., "Neural Cleanse", IEEE S&P 2019, section IV), smooth warps (Nguyen and Tran, "WaNet", ICLR
-2021, section 3) and changes of colour (Liu et al., "ABS", CCS 2019, section VI, whose filters are such changes). Each
-class holds several of one kind.
+few pixels (Wang et al., "Neural Cleanse", IEEE S&P 2019, section IV) and smooth warps (Nguyen and Tran, "WaNet", ICLR
+2021, section 3). Each class holds several of one kind.
 """
 
 from __future__ import annotations
@@ -27,14 +26,11 @@ class Sizes:
         additive: root mean square of an additive pattern, in pixel values of [0, 1].
         patch: sum of a patch's mask, as a share of the image's pixels.
         warp: largest displacement, as a share of the image's width.
-        tone: how much of a colour may be added to or taken from another, a fraction; half of it in pixel values of
-            [0, 1] may be added to all pixels.
     """
 
     additive: float = 0.018
     patch: float = 1 / 50
     warp: float = 0.047
-    tone: float = 0.5
 
 
 class Perturbations(ABC):
@@ -128,24 +124,4 @@ class Warp(Perturbations):
         return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
 
-class Tone(Perturbations):
-    """Every pixel's colour under the same linear map and offset, as photo filters have them."""
-
-    kind, lr = "tone", 0.1
-
-    def __init__(self, count: int, shape: Sequence[int], sizes: Sizes, random: torch.Generator) -> None:
-        colours = shape[0]
-        self.reach = sizes.tone
-        self.parameters = [(0.3 * torch.randn(count, colours, colours + 1, generator=random)).requires_grad_()]
-
-    def apply(self, x: Tensor, index: Tensor) -> Tensor:
-        change = self.reach * self.parameters[0].tanh()[index]
-        mixed = torch.einsum("noc,nchw->nohw", change[:, :, :-1], x)
-        return (x + mixed + change[:, :, -1, None, None] / 2).clamp(0, 1)
-
-
 KINDS: tuple[type[Perturbations], ...] = (Additive, Patch, Warp)
-"""What is evidence where it leads to one label more often than to others."""
-
-ALL_KINDS: tuple[type[Perturbations], ...] = (*KINDS, Tone)
-"""Tone is none: without a backdoor, too, colours speak for labels."""

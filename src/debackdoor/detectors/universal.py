@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debackdoor.data.augment import random_shift
-from debackdoor.detectors.perturbations import ALL_KINDS, KINDS, Additive, Patch, Perturbations, Sizes
+from debackdoor.detectors.perturbations import KINDS, Additive, Patch, Perturbations, Sizes
 from debackdoor.models.forward import logits_of, predict
 from debackdoor.runtime import at_most, autocast, generator
 from debackdoor.types import CleanSet, Progress
@@ -30,9 +30,9 @@ class Aim:
     target: int
 
 
-def aims_at(labels: Sequence[int], count: int = 1, kinds: Sequence[type[Perturbations]] = KINDS) -> list[Aim]:
+def aims_at(labels: Sequence[int], count: int = 1) -> list[Aim]:
     """``count`` perturbations of every kind towards every label."""
-    return [Aim(kind, label) for kind in kinds for label in labels for _ in range(count)]
+    return [Aim(kind, label) for kind in KINDS for label in labels for _ in range(count)]
 
 
 class UniversalSearch:
@@ -45,12 +45,12 @@ class UniversalSearch:
     def __init__(self, aims: Sequence[Aim], like: Tensor, sizes: Sizes, seed: int) -> None:
         """Starts from random perturbations of images like ``like`` (N, C, H, W)."""
         self.random = generator(seed)
-        self.aims = sorted(aims, key=lambda aim: ALL_KINDS.index(aim.kind))
+        self.aims = sorted(aims, key=lambda aim: KINDS.index(aim.kind))
         self.targets = torch.tensor([aim.target for aim in self.aims], device=like.device)
-        counts = [sum(aim.kind is kind for aim in self.aims) for kind in ALL_KINDS]
+        counts = [sum(aim.kind is kind for aim in self.aims) for kind in KINDS]
         self.groups = [
             kind(count, like.shape[1:], sizes, self.random).to(like.device)
-            for kind, count in zip(ALL_KINDS, counts, strict=True)
+            for kind, count in zip(KINDS, counts, strict=True)
             if count
         ]
         self.optimizer = torch.optim.Adam(
