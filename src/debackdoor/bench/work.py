@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from debackdoor.allocator import keep_freed_memory
 from debackdoor.errors import DebackdoorError
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ class Outcome(Generic[T]):
 def error_of(pickled: bytes, threads: int, item: Any) -> str | None:
     """Works on an item, in a process of its own, and returns its error."""
     os.environ["OMP_NUM_THREADS"] = str(threads)  # what libraries go by that are not imported yet
+    keep_freed_memory()
     try:
         work = pickle.loads(pickled)
         if "torch" in sys.modules:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from debackdoor import __version__
+from debackdoor.allocator import keep_freed_memory
 from debackdoor.cli.attack import attack
 from debackdoor.cli.bench import bench
 from debackdoor.cli.demo import demo
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if arguments is None else list(arguments)
     command = typer.main.get_command(app)
+    keep_freed_memory()
     try:
         # Not app(): that would turn some errors into exit codes of its own, among them 1.
         with command.make_context("debackdoor", list(given), obj=("debackdoor", *given)) as context:
