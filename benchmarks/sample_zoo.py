@@ -2,7 +2,8 @@
 
     python benchmarks/sample_zoo.py run --out benchmarks/results/samples
     python benchmarks/sample_zoo.py run --detector spectral --triggered 25 --out benchmarks/results/samples-few
-    python benchmarks/sample_zoo.py table benchmarks/results/samples --into docs/results.md
+    python benchmarks/sample_zoo.py table benchmarks/results/samples --into docs/results.md \\
+        --summary-into README.md
 
 Every detector gets the model, clean training images that nothing was taught on, and a pile of test images, of which
 some carry the trigger; once with the suspect model and once with the exposed one. A record that lacks a detector gets
@@ -13,7 +14,6 @@ backdoor are of other classes than its target; whether the trigger succeeds on t
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from publish import commit, replace_between
+from sample_tables import WAYS, Record, render, row, summary
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
@@ -52,17 +53,8 @@ SLOW = {CognitiveDistillation.name: 0.4}
 """Detectors that get the first images of the pile only, and how large a share."""
 
 BASELINES = (STRIP, CognitiveDistillation, SpectralSignatures, ActivationClustering)
-WAYS: dict[str, tuple[str, ...]] = {
-    **{kind.name: ("original", "exposed") for kind in BASELINES},
-    ExposedMargin.name: ("exposed", "several exposed"),
-    REPAIR_SHIFT: ("repaired",),
-}
-"""By the detector's name: the models that it is tried with."""
-
 BY_DETECTOR = ("images", "aurocs", "true_positive_rates", "false_positive_rates", "seconds", "commits")
 """What a record tells of every detector."""
-
-Record = Mapping[str, Any]
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 
@@ -229,46 +221,19 @@ def _scores(name: str, case: Case, models: Sequence[nn.Module], images: Tensor) 
 def table(
     records: Annotated[Path, typer.Argument(help="folder of records")],
     into: Annotated[Path | None, typer.Option(help="page whose table between the markers is replaced")] = None,
+    summary_into: Annotated[Path | None, typer.Option(help="page that gets the summary alone")] = None,
 ) -> None:
     """A Markdown table: AUROC of every model and detector, means over the seeds; mean and worst at the end."""
     paths = sorted(records.glob("*.json"))
     if not paths:
         raise typer.BadParameter(f"{records}: expected at least one record, got none; write some with 'run'")
-    rendered = render([json.loads(path.read_text()) for path in paths])
+    rows = [json.loads(path.read_text()) for path in paths]
     if into is None:
-        typer.echo(rendered)
+        typer.echo(render(rows))
     else:
-        replace_between(into, records.name, rendered)
-
-
-def render(records: Sequence[Record]) -> str:
-    """One row a model; in each cell the AUROC with each of the models that the detector was tried with."""
-    by_model: dict[str, list[Record]] = defaultdict(list)
-    for record in records:
-        by_model[record["model"]].append(record)
-    detectors = list(dict.fromkeys(name for record in records for name in record["aurocs"]))
-    lines = ["| model | " + " | ".join(detectors) + " |", "|---" * (len(detectors) + 1) + "|"]
-    lines += [row(model, found, detectors) for model, found in by_model.items()]
-    for name, summarise in (("mean", statistics.mean), ("worst", min)):
-        cells = (_cell(list(by_model.values()), detector, summarise) for detector in detectors)
-        lines.append(f"| **{name}** | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def row(model: str, records: Sequence[Record], detectors: Sequence[str]) -> str:
-    """One model: means over its records."""
-    cells = (_cell([records], detector, statistics.mean) for detector in detectors)
-    return f"| {model} | " + " | ".join(cells) + " |"
-
-
-def _cell(models: Sequence[Sequence[Record]], detector: str, summarise: Callable[[Sequence[float]], float]) -> str:
-    """A number a model that was looked at, in the order of ``WAYS``: summaries over means over the records."""
-    parts = []
-    for which in WAYS[detector]:
-        values = [[record["aurocs"].get(detector, {}).get(which) for record in records] for records in models]
-        means = [statistics.mean(found) for row in values if (found := [value for value in row if value is not None])]
-        parts += [f"{summarise(means):.3f}"] if means else []
-    return " / ".join(parts) or "-"
+        replace_between(into, records.name, render(rows))
+    if summary_into is not None:
+        replace_between(summary_into, f"{records.name}-summary", summary(rows))
 
 
 if __name__ == "__main__":

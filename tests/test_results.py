@@ -27,20 +27,22 @@ def test_the_docs_show_what_the_records_say(benchmark: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "kind", "marker", "function"),
+    ("module", "kind", "marker", "function", "page"),
     [
-        ("scan_tables", "scan", "scan", "render"),
-        ("scan_tables", "scan", "scan-calibration", "calibration"),
-        ("sample_zoo", "samples", "samples", "render"),
+        ("scan_tables", "scan", "scan", "render", "docs/results.md"),
+        ("scan_tables", "scan", "scan-calibration", "calibration", "docs/results.md"),
+        ("scan_tables", "scan", "scan-summary", "summary", "README.md"),
+        ("sample_tables", "samples", "samples", "render", "docs/results.md"),
+        ("sample_tables", "samples", "samples-summary", "summary", "README.md"),
     ],
 )
 def test_the_other_tables_follow_from_their_records(
-    module: str, kind: str, marker: str, function: str, monkeypatch: pytest.MonkeyPatch
+    module: str, kind: str, marker: str, function: str, page: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     paths = sorted((ROOT / "benchmarks" / "results" / kind).glob("*.json"))
     table = getattr(importlib.import_module(module), function)([json.loads(path.read_text()) for path in paths])
-    assert f"<!-- {marker} -->\n{table}\n<!-- /{marker} -->" in (ROOT / "docs" / "results.md").read_text()
+    assert f"<!-- {marker} -->\n{table}\n<!-- /{marker} -->" in (ROOT / page).read_text()
 
 
 def test_der_of_every_record_follows_from_its_rates() -> None:

@@ -338,7 +338,7 @@ def test_features_of_other_heads() -> None:
 def test_the_table_has_means_over_seeds_and_the_worst_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both numbers where a detector was tried on both models, one where on one, none where on none."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    render = importlib.import_module("sample_zoo").render
+    render = importlib.import_module("sample_tables").render
     records = [
         {"model": "a", "aurocs": {"strip": {"original": 0.5, "exposed": 0.75}, "exposed-margin": {"exposed": 1.0}}},
         {"model": "a", "aurocs": {"strip": {"original": 0.75, "exposed": 0.25}, "exposed-margin": {"exposed": 0.5}}},
