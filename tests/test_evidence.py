@@ -14,16 +14,12 @@ from debackdoor.detectors.evidence import (
     STANDS_OUT,
     TRIGGERS,
     Evidence,
-    Examination,
     remains,
 )
 from debackdoor.detectors.label import PileUp
 from debackdoor.detectors.perturbations import KINDS, Patch
-from debackdoor.detectors.shortcut import Shortcuts
 from debackdoor.detectors.universal import AWAY
 from evidence_cases import evidence
-from rnp_cases import quadrant_set, quadrants
-from shortcut_cases import CLASSES, row_images, switched_to_the_next
 
 CHANCE = 1 / 5
 BIT = 0.01
@@ -74,16 +70,6 @@ def test_all_to_all_has_no_label_and_patches_that_lead_away() -> None:
     assert {(aim.kind, aim.target) for aim in found.aims} == {(Patch, AWAY)}
 
 
-@pytest.mark.parametrize(("away", "kept"), [(0.0, False), (2.0, True)])
-def test_a_second_search_away_counts_where_it_finds_more(away: float, kept: bool) -> None:
-    data = row_images()
-    found = evidence(away=away)
-    again = Examination(data, data, CLASSES, precision="fp32").away_again(switched_to_the_next(), found)
-    assert (again == found) == kept
-    assert again.all_to_all
-    assert again.shortcuts.rates == found.shortcuts.rates
-
-
 def test_two_faint_signs_count_where_they_agree() -> None:
     faint = PileUp(3, CHANCE + FAINT + BIT)
     assert not evidence(pile_up=faint).exposed
@@ -100,25 +86,6 @@ def test_what_is_no_longer_found_is_gone() -> None:
     assert remains(before, evidence(patch={2: 0.9})) == [2]
     assert remains(before, evidence(pile_up=PileUp(3, 0.8))) == [3]
     assert remains(before, evidence(patch={4: 0.9})) == []
-
-
-def test_after_a_repair_the_suspects_are_compared_with_a_few_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def search(model: object, fit: object, holdout: object, labels: list[int], *, away: int, **_: object) -> Shortcuts:
-        asked.append((labels, away))
-        return evidence().shortcuts
-
-    monkeypatch.setattr("debackdoor.detectors.evidence.find_shortcuts", search)
-    examine = Examination(quadrant_set(), quadrant_set(), 4)
-    examine(quadrants(), 2)
-    examine.again(quadrants(), evidence(patch={3: 0.9}))
-    examine.again(quadrants(), evidence(away=0.9))
-    assert sorted(asked[0][0]) == [0, 1, 2, 3]
-    assert asked[0][0][0] == 2
-    assert asked[0][1] > 0
-    assert asked[1] == ([3, 0, 1, 2, 4], 0)
-    assert asked[2] == ([0, 1, 2, 3, 4], asked[0][1])
 
 
 def test_the_numbers_name_the_label_of_every_kind() -> None:

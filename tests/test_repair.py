@@ -23,7 +23,7 @@ from rnp_cases import lived_in, quadrant_set, quadrants
 # Not ``import debackdoor.repair as ...``, which is the function.
 REPAIR = import_module("debackdoor.repair")
 STAGES = import_module("debackdoor.defenses.rnp")
-EVIDENCE = import_module("debackdoor.detectors.evidence")
+EXAMINATION = import_module("debackdoor.detectors.examination")
 CASE = import_module("debackdoor.case")
 
 
@@ -38,7 +38,7 @@ def exposed(monkeypatch: pytest.MonkeyPatch) -> None:
 def not_exposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """No label stands out, neither while the clean task is forgotten nor by a shortcut."""
     nowhere = Shortcuts({kind.kind: dict.fromkeys(range(4), 0.1) for kind in KINDS}, 0.1, 0.3)
-    monkeypatch.setattr(EVIDENCE, "find_shortcuts", lambda *_, **__: nowhere)
+    monkeypatch.setattr(EXAMINATION, "find_shortcuts", lambda *_, **__: nowhere)
 
 
 @pytest.mark.usefixtures("exposed")
@@ -83,8 +83,8 @@ class StageError(Exception):
         (RNP, "choose"),
         (STAGES, "prune"),
         (REPAIR, "relearn"),
-        (EVIDENCE, "largest_margins"),
-        (EVIDENCE, "find_shortcuts"),
+        (EXAMINATION, "largest_margins"),
+        (EXAMINATION, "find_shortcuts"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -172,7 +172,7 @@ def test_the_unlearnings_are_repeated_where_no_search_had_led_to_the_label(
 ) -> None:
     """The answers gather on label 1 after the repair, too; a search that led there before is the better judge."""
     before = evidence(pile_up=PileUp(1, 0.9), **({} if unseen else {"patch": {1: 0.9}}))
-    monkeypatch.setattr(EVIDENCE.Examination, "again", lambda *_: evidence())
+    monkeypatch.setattr(EXAMINATION.Examination, "again", lambda *_: evidence())
     monkeypatch.setattr(CASE.Case, "pile_ups", lambda *_: [0.0, 0.9, 0.0, 0.0, 0.0])
     case = CASE.open_case(lived_in(), quadrant_set(), RNP())
     verification = REPAIR.repair_case(case, case.expose(), before, budget=0.5).verification

@@ -22,7 +22,7 @@ from shortcut_cases import CLASSES, SWITCH, row_images, switched_to, switched_to
 # Not ``import debackdoor.scan as ...``, which is the function.
 SCAN = import_module("debackdoor.scan")
 STAGES = import_module("debackdoor.defenses.rnp")
-EVIDENCE = import_module("debackdoor.detectors.evidence")
+EXAMINATION = import_module("debackdoor.detectors.examination")
 CASE = import_module("debackdoor.case")
 
 
@@ -126,8 +126,8 @@ class StageError(Exception):
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """The searches take no time, and label 1 stands out."""
     found = evidence(patch={1: 0.9})
-    monkeypatch.setattr(EVIDENCE, "largest_margins", lambda *_, **__: found.margins)
-    monkeypatch.setattr(EVIDENCE, "find_shortcuts", lambda *_, **__: found.shortcuts)
+    monkeypatch.setattr(EXAMINATION, "largest_margins", lambda *_, **__: found.margins)
+    monkeypatch.setattr(EXAMINATION, "find_shortcuts", lambda *_, **__: found.shortcuts)
 
 
 @pytest.mark.usefixtures("quick")
@@ -138,8 +138,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (STAGES, "find_channels"),
         (STAGES, "unlearn"),
         (STAGES, "recover"),
-        (EVIDENCE, "largest_margins"),
-        (EVIDENCE, "find_shortcuts"),
+        (EXAMINATION, "largest_margins"),
+        (EXAMINATION, "find_shortcuts"),
         (SCAN, "search_triggers"),
         (SCAN, "recover_trigger"),
     ],

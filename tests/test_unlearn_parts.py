@@ -22,7 +22,7 @@ from rnp_cases import quadrant_set, quadrants, strip_set, strips
 
 CASE = import_module("debackdoor.case")
 LABEL = import_module("debackdoor.detectors.label")
-EVIDENCE = import_module("debackdoor.detectors.evidence")
+EXAMINATION = import_module("debackdoor.detectors.examination")
 
 
 def test_with_norm_only_every_other_parameter_stays_bit_for_bit() -> None:
@@ -101,12 +101,12 @@ def test_the_model_is_left_alone_and_the_seed_decides() -> None:
 
 @pytest.fixture
 def looked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The searches take no time and find nothing; the first label that shortcuts are searched for."""
+    """The searches take no time and find nothing; the first label of those that shortcuts are searched for."""
     first: list[int] = []
     found = evidence()
-    monkeypatch.setattr(EVIDENCE, "largest_margins", lambda *_, **__: found.margins)
+    monkeypatch.setattr(EXAMINATION, "largest_margins", lambda *_, **__: found.margins)
     monkeypatch.setattr(
-        EVIDENCE, "find_shortcuts", lambda _m, _f, _h, labels, **__: first.append(labels[0]) or found.shortcuts
+        EXAMINATION, "find_shortcuts", lambda _m, _f, _h, labels, **__: first.extend(labels[:1]) or found.shortcuts
     )
     return first
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from debackdoor.data import check_clean_set, split_clean
 from debackdoor.defenses.rnp import RNP, Exposure
-from debackdoor.detectors.evidence import FAINT, Evidence, Examination
+from debackdoor.detectors.evidence import FAINT, Evidence
+from debackdoor.detectors.examination import Examination
 from debackdoor.detectors.label import RUNS, largest_pile_up, most_repeated, repeated_shares, unlearn_parts
 from debackdoor.detectors.margin import FEWEST_CLASSES
 from debackdoor.errors import ChanceError, DebackdoorError, ModelError, check_positive
@@ -91,7 +92,7 @@ class Case:
     def evidence(self, exposure: Exposure) -> Evidence:
         """All that speaks for a backdoor in the suspect model."""
         found = self._at_first(exposure)
-        return found if found.exposed else self.examine.away_again(self.suspect, found)
+        return found if found.exposed else self.examine.once_more(self.suspect, found)
 
     def _at_first(self, exposure: Exposure) -> Evidence:
         if self.classes < FEWEST_CLASSES or not normalisation_learns(self.suspect):

@@ -20,7 +20,7 @@ from debackdoor.detectors.strip import STRIP
 from debackdoor.errors import DebackdoorError, check_fraction
 from debackdoor.memory import DEFAULT
 from debackdoor.models.forward import predict
-from debackdoor.repair import repair_case
+from debackdoor.repair import remove_case
 from debackdoor.rnp.modes import normalisation_learns
 from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.types import CleanSet, Progress, SampleScores
@@ -120,9 +120,9 @@ def _score(case: Case, pile: Tensor, answers: Tensor, method: str, on: str) -> t
 
 
 def repair_changed(case: Case) -> nn.Module | None:
-    """The repaired model; None where nothing was found and the repair left everything as it was."""
+    """The model with the backdoor removed, unchecked; None where nothing was found and all is left as it was."""
     exposure = case.expose()
-    result = repair_case(case, exposure, case.evidence(exposure))
+    result = remove_case(case, exposure, case.evidence(exposure))
     return result.model if result.changed else None
 
 

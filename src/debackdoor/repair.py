@@ -22,11 +22,14 @@ from debackdoor.models.layout import set_layout
 from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.types import CleanSet, Progress, RepairResult, Step, Verification
 
+BUDGET = 0.02
+"""How far accuracy on clean images may fall, a fraction, if nobody says otherwise."""
+
 
 def repair(
     model: nn.Module,
     clean: CleanSet,
-    budget: float = 0.02,
+    budget: float = BUDGET,
     *,
     seed: int = 0,
     device: str = "auto",
@@ -60,20 +63,24 @@ def repair(
     return replace(result, model=result.model.to(device_of(model)))
 
 
-def repair_case(case: Case, exposure: Exposure, before: Evidence, budget: float = 0.02) -> RepairResult:
+def repair_case(case: Case, exposure: Exposure, before: Evidence, budget: float = BUDGET) -> RepairResult:
     """The same for a model that is exposed and examined already."""
-    method = replace(case.method, budget=budget / 2)
-    plan = method.choose(case.suspect, exposure, case.clean) if before.exposed else ()
-    result = method.remove(case.suspect, exposure, plan, case.holdout)
+    result = remove_case(case, exposure, before, budget)
     if before.exposed:
-        result = _relearned(case, result, exposure, before, budget)
-        after = _examine_again(case, result.model, before)
-        verification = _judge(before, after)
+        verification = _judge(before, _examine_again(case, result.model, before))
     else:
         verification = _nothing(exposure.unlearned, before)
     steps = (*result.steps, Step("verify", verification.message))
     set_layout(result.model, torch.contiguous_format)
     return replace(result, verification=verification, steps=steps)
+
+
+def remove_case(case: Case, exposure: Exposure, found: Evidence, budget: float = BUDGET) -> RepairResult:
+    """A repair that nothing checks; its model is laid out in memory as the suspect one is."""
+    method = replace(case.method, budget=budget / 2)
+    plan = method.choose(case.suspect, exposure, case.clean) if found.exposed else ()
+    result = method.remove(case.suspect, exposure, plan, case.holdout)
+    return _relearned(case, result, exposure, found, budget) if found.exposed else result
 
 
 def _relearned(case: Case, result: RepairResult, exposure: Exposure, evidence: Evidence, budget: float) -> RepairResult:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
-from torch import nn
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from debackdoor.detectors.label import PileUp
-from debackdoor.detectors.margin import Margins, largest_margins
+from debackdoor.detectors.margin import Margins
 from debackdoor.detectors.perturbations import KINDS
-from debackdoor.detectors.shortcut import AWAY_STARTS, Shortcuts, find_shortcuts, lead
-from debackdoor.detectors.squares import Square, Squares, find_squares
+from debackdoor.detectors.shortcut import Shortcuts, lead
+from debackdoor.detectors.squares import Square, Squares
 from debackdoor.detectors.universal import Aim, aims_at, patches_away
-from debackdoor.types import CleanSet, Progress
 
 RARE, FAIRLY_RARE = 1e-9, 0.05
 """A largest margin that is no more probable than this without a backdoor counts, alone or with a faint pile-up.
@@ -37,12 +33,6 @@ STANDS_OUT = 0.5
 
 SQUARE_STANDS_OUT = 0.8
 """The same for a plain square, which is larger: without a backdoor one was found 0.63 above."""
-
-MOST_LABELS = 12
-"""Shortcuts are searched for towards this many labels at most: those most suspect by other evidence."""
-
-COMPARED = 5
-"""Labels that were not suspect, beside which those that were are looked at again."""
 
 SQUARE = "square"
 
@@ -170,6 +160,7 @@ class Evidence:
             numbers[f"{kind}_label_{when}"] = best
             numbers[f"{kind}_success_{when}"] = rates[best]
             numbers[f"{kind}_lead_{when}"] = lead(rates, best)
+        numbers |= {f"{kind}_size_{when}": size for kind, size in vars(self.shortcuts.sizes).items()}
         return numbers
 
 
@@ -181,83 +172,3 @@ def threshold(kind: str) -> float:
 def remains(before: Evidence, after: Evidence) -> list[int]:
     """The labels suspect before that still are."""
     return [label for label in before.reasons if label in after.reasons]
-
-
-@dataclass(frozen=True)
-class Examination:
-    """The same searches for every model, before and after a repair.
-
-    Attributes:
-        fit: images that the searches learn from.
-        holdout: images that judge what they find.
-        num_classes: how many logits the model has.
-        seed: of the searches.
-        precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: called from inside the searches.
-    """
-
-    fit: CleanSet
-    holdout: CleanSet
-    num_classes: int
-    seed: int = 0
-    precision: str = "auto"
-    progress: Progress | None = None
-
-    def __call__(self, model: nn.Module, first: int) -> Evidence:
-        """Margins and squares of all labels, shortcuts to ``first`` and those with the largest margins, and away."""
-        margins = self._margins(model)
-        by_margin = [int(label) for label in np.argsort(margins.values)[::-1] if label != first]
-        shortcuts = self._shortcuts(model, [first, *by_margin][:MOST_LABELS], AWAY_STARTS)
-        return Evidence(margins, shortcuts, self._squares(model))
-
-    def away_again(self, model: nn.Module, found: Evidence) -> Evidence:
-        """What was found, with a second search for patches that lead away: not every one finds an all-to-all backdoor.
-
-        It has no other aims beside it, whose draws would decide where the patches start.
-        """
-        more = replace(self, seed=self.seed + 1)._shortcuts(model, (), AWAY_STARTS)
-        if more.spread <= found.shortcuts.spread:
-            return found
-        return replace(found, shortcuts=replace(found.shortcuts, away=more.away, gathered=more.gathered))
-
-    def again(self, model: nn.Module, before: Evidence) -> Evidence:
-        """The same for a repaired model from a new start, with shortcuts to the suspects and a few labels beside."""
-        suspects = list(before.reasons)
-        others = [label for label in before.shortcuts.rates["patch"] if label not in suspects][:COMPARED]
-        away = AWAY_STARTS if before.all_to_all else 0
-        fresh = replace(self, seed=self.seed + 1)
-        shortcuts = fresh._shortcuts(model, [*suspects, *others], away)
-        return Evidence(fresh._margins(model), shortcuts, fresh._squares(model))
-
-    def _margins(self, model: nn.Module) -> Margins:
-        return largest_margins(
-            model,
-            self.fit.x,
-            self.num_classes,
-            seed=self.seed,
-            precision=self.precision,
-            progress=self.progress,
-        )
-
-    def _shortcuts(self, model: nn.Module, labels: Sequence[int], away: int) -> Shortcuts:
-        return find_shortcuts(
-            model,
-            self.fit,
-            self.holdout,
-            labels,
-            away=away,
-            seed=self.seed,
-            precision=self.precision,
-            progress=self.progress,
-        )
-
-    def _squares(self, model: nn.Module) -> Squares:
-        return find_squares(
-            model,
-            self.fit,
-            self.holdout,
-            self.num_classes,
-            seed=self.seed,
-            precision=self.precision,
-            progress=self.progress,
-        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -31,6 +31,10 @@ class Sizes:
     additive: float = 0.018
     patch: float = 1 / 50
     warp: float = 0.047
+
+    def halved(self, kinds: Sequence[str]) -> Sizes:
+        """The same with half the size for some kinds."""
+        return replace(self, **{kind: getattr(self, kind) / 2 for kind in kinds})
 
 
 class Perturbations(ABC):

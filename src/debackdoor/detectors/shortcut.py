@@ -34,12 +34,14 @@ class Shortcuts:
         away: the share of rightly classified images that the best patch leads away from their labels.
         gathered: the largest share of that patch's answers on one label.
         patterns: by label: the additive pattern, float32 (C, H, W) on the CPU.
+        sizes: of the perturbations.
     """
 
     rates: Mapping[str, Mapping[int, float]]
     away: float
     gathered: float
     patterns: Mapping[int, Tensor] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=Sizes)
 
     def lead(self, kind: str, label: int) -> float:
         """How far the label's rate is above the other labels' median."""
@@ -64,6 +66,7 @@ def find_shortcuts(
     labels: Sequence[int],
     *,
     away: int = AWAY_STARTS,
+    sizes: Sizes | None = None,
     steps: int = STEPS,
     seed: int = 0,
     precision: str = "auto",
@@ -77,12 +80,14 @@ def find_shortcuts(
         holdout: images that judge what it finds.
         labels: which; the other labels' rates tell what is usual, so a dozen is better than two.
         away: how many patches may lead anywhere; 0 looks for none.
+        sizes: of the perturbations; by default the usual ones.
         steps: of the search.
         seed: of the search.
         precision: ``auto``, ``fp32`` or ``bf16``.
         progress: called after every step.
     """
-    search = UniversalSearch([*aims_at(labels), *patches_away(away)], fit.x, Sizes(), seed)
+    sizes = sizes or Sizes()
+    search = UniversalSearch([*aims_at(labels), *patches_away(away)], fit.x, sizes, seed)
     search.run(model, fit, steps, IMAGES, precision=precision, progress=progress)
     rates: dict[str, dict[int, float]] = {kind.kind: {} for kind in KINDS}
     patterns: dict[int, Tensor] = {}
@@ -98,7 +103,7 @@ def find_shortcuts(
             rates[aim.kind.kind][aim.target] = _success(search, model, holdout, number, aim, precision)
             if aim.kind is Additive:
                 patterns[aim.target] = search.pattern(number).cpu()
-    return Shortcuts(rates, most, gathered, patterns)
+    return Shortcuts(rates, most, gathered, patterns, sizes)
 
 
 def _success(

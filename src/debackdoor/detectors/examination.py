@@ -1,0 +1,123 @@
+"""The searches that evidence comes from: the first look at a model, a closer one, and that after a repair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+import numpy as np
+from torch import nn
+
+from debackdoor.detectors.evidence import Evidence
+from debackdoor.detectors.margin import Margins, largest_margins
+from debackdoor.detectors.perturbations import Additive, Sizes
+from debackdoor.detectors.shortcut import AWAY_STARTS, Shortcuts, find_shortcuts
+from debackdoor.detectors.squares import Squares, find_squares
+from debackdoor.types import CleanSet, Progress
+
+LEADS_ANYWHERE, HALVINGS = 0.4, 2
+"""Where the median label is reached more often than this, a perturbation is too large to tell one from the others.
+
+Networks of little accuracy answer to anything. Their perturbations get half the size, so many times at most.
+"""
+
+MOST_LABELS = 12
+"""Shortcuts are searched for towards this many labels at most: those most suspect by other evidence."""
+
+COMPARED = 5
+"""Labels that were not suspect, beside which those that were are looked at again."""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """The same searches for every model, before and after a repair.
+
+    Attributes:
+        fit: images that the searches learn from.
+        holdout: images that judge what they find.
+        num_classes: how many logits the model has.
+        seed: of the searches.
+        precision: ``auto``, ``fp32`` or ``bf16``.
+        progress: called from inside the searches.
+    """
+
+    fit: CleanSet
+    holdout: CleanSet
+    num_classes: int
+    seed: int = 0
+    precision: str = "auto"
+    progress: Progress | None = None
+
+    def __call__(self, model: nn.Module, first: int) -> Evidence:
+        """Margins and squares of all labels, shortcuts to ``first`` and those with the largest margins, and away."""
+        margins = self._margins(model)
+        by_margin = [int(label) for label in np.argsort(margins.values)[::-1] if label != first]
+        shortcuts = self._shortcuts(model, [first, *by_margin][:MOST_LABELS], AWAY_STARTS)
+        return Evidence(margins, shortcuts, self._squares(model))
+
+    def once_more(self, model: nn.Module, found: Evidence) -> Evidence:
+        """What was found, with a second search for patches away, and with smaller perturbations where they are needed.
+
+        Not every search finds an all-to-all backdoor; this one has no other aims beside it.
+        """
+        fresh, shortcuts = replace(self, seed=self.seed + 1), found.shortcuts
+        more = fresh._shortcuts(model, (), AWAY_STARTS)
+        if more.spread > shortcuts.spread:
+            shortcuts = replace(shortcuts, away=more.away, gathered=more.gathered)
+        for _ in range(HALVINGS):
+            large = [kind for kind, rates in shortcuts.rates.items() if median(rates.values()) > LEADS_ANYWHERE]
+            if large:
+                shortcuts = fresh._smaller(model, shortcuts, large)
+        return replace(found, shortcuts=shortcuts)
+
+    def _smaller(self, model: nn.Module, shortcuts: Shortcuts, kinds: Sequence[str]) -> Shortcuts:
+        """The shortcuts with half the size for some kinds."""
+        sizes = shortcuts.sizes.halved(kinds)
+        found = self._shortcuts(model, list(shortcuts.rates[kinds[0]]), 0, sizes)
+        rates = {**shortcuts.rates, **{kind: found.rates[kind] for kind in kinds}}
+        patterns = found.patterns if Additive.kind in kinds else shortcuts.patterns
+        return replace(shortcuts, rates=rates, patterns=patterns, sizes=sizes)
+
+    def again(self, model: nn.Module, before: Evidence) -> Evidence:
+        """The same for a repaired model from a new start, with shortcuts to the suspects and a few labels beside."""
+        suspects = list(before.reasons)
+        others = [label for label in before.shortcuts.rates["patch"] if label not in suspects][:COMPARED]
+        away = AWAY_STARTS if before.all_to_all else 0
+        fresh = replace(self, seed=self.seed + 1)
+        shortcuts = fresh._shortcuts(model, [*suspects, *others], away, before.shortcuts.sizes)
+        return Evidence(fresh._margins(model), shortcuts, fresh._squares(model))
+
+    def _margins(self, model: nn.Module) -> Margins:
+        return largest_margins(
+            model,
+            self.fit.x,
+            self.num_classes,
+            seed=self.seed,
+            precision=self.precision,
+            progress=self.progress,
+        )
+
+    def _shortcuts(self, model: nn.Module, labels: Sequence[int], away: int, sizes: Sizes | None = None) -> Shortcuts:
+        return find_shortcuts(
+            model,
+            self.fit,
+            self.holdout,
+            labels,
+            away=away,
+            sizes=sizes,
+            seed=self.seed,
+            precision=self.precision,
+            progress=self.progress,
+        )
+
+    def _squares(self, model: nn.Module) -> Squares:
+        return find_squares(
+            model,
+            self.fit,
+            self.holdout,
+            self.num_classes,
+            seed=self.seed,
+            precision=self.precision,
+            progress=self.progress,
+        )
