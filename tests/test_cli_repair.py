@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from torch import nn
 
 import debackdoor
+import report_cases
 from cli_cases import Shell
 from debackdoor.files import sha256_of
-from debackdoor.types import CleanSet, PlannedChannel, RepairResult, Step, Verification
+from debackdoor.report.records import SCAN_SCHEMA
+from debackdoor.types import CleanSet, PlannedChannel, RepairResult, ScanReport, Step, Verification
 
 
 class StandIn:
@@ -60,6 +62,26 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 
 def repair_of(shell: Shell, *more: object) -> list[object]:
     return ["repair", shell.checkpoint(), "--arch", shell.arch, "--clean", "digits", *more]
+
+
+def test_the_scans_record_comes_from_the_same_look(
+    shell: Shell, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def both(*given: Any, **options: Any) -> tuple[ScanReport, RepairResult]:
+        return report_cases.report("backdoored"), stand_in(*given, **options)
+
+    monkeypatch.setattr(importlib.import_module("debackdoor.both"), "scan_and_repair", both)
+    out, scanned = shell.folder / "out.safetensors", shell.folder / "scan.json"
+    ran = shell(*repair_of(shell, "--out", out, "--scan-json", scanned, "--seed", 4))
+    assert ran.code == 0
+    assert out.exists()
+    assert stand_in.given["seed"] == 4
+    record = json.loads(scanned.read_text())
+    assert (record["schema"], record["verdict"], record["seed"]) == (SCAN_SCHEMA, "backdoored", 4)
+    ran = shell(*repair_of(shell, "--out", shell.folder / "two.safetensors", "--scan-json", out))
+    assert ran.code == 0  # a file that nothing else uses may be replaced
+    ran = shell(*repair_of(shell, "--out", out, "--overwrite", "--scan-json", out))
+    assert (ran.code, "expected a file of its own to write" in ran.err) == (2, True)
 
 
 def test_repair_writes_the_model_and_its_record(shell: Shell, stand_in: StandIn) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from debackdoor import attacks, defenses, evaluation
+    from debackdoor.both import scan_and_repair
     from debackdoor.data import load_clean
     from debackdoor.detect import detect_samples
     from debackdoor.models import load_model
@@ -32,6 +33,7 @@ __all__ = [
     "load_model",
     "repair",
     "scan",
+    "scan_and_repair",
 ]
 
 _HOMES = {
@@ -42,6 +44,7 @@ _HOMES = {
     "detect_samples": "debackdoor.detect",
     "load_clean": "debackdoor.data",
     "load_model": "debackdoor.models",
+    "scan_and_repair": "debackdoor.both",
 }
 _PACKAGES = ("attacks", "defenses", "evaluation")
 

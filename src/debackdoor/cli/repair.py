@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from debackdoor.cli import options
 from debackdoor.cli.output import Output, check_file, files_among
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
 from debackdoor.cli.words import numbers_in_words
+from debackdoor.files import atomic_write_text
 
 if TYPE_CHECKING:
     from debackdoor.types import RepairResult
@@ -28,6 +30,9 @@ def repair(
     ] = 0.02,
     json_to: options.JsonTo = None,
     html: options.HtmlTo = None,
+    scan_json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Scan, too, from the same look, and write the scan's record.")
+    ] = None,
     overwrite: options.Overwrite = False,
     num_classes: options.NumClasses = None,
     mean: options.Mean = None,
@@ -50,15 +55,18 @@ def repair(
     output = Output(quiet, json_to)
     check_file(out, [checkpoint], overwrite)
     taken = [checkpoint, out, *files_among(clean)]
-    if html is not None:
-        check_file(html, taken, overwrite=True, protect=True)
-    output.check_json([*taken, *([] if html is None else [html])])
+    for path in (html, scan_json):
+        if path is not None:
+            check_file(path, taken, overwrite=True, protect=True)
+            taken.append(path)
+    output.check_json(taken)
 
+    from debackdoor.both import scan_and_repair
     from debackdoor.checkpoint import write_checkpoint
     from debackdoor.data import load_clean
     from debackdoor.models import open_model, state_dict_of
     from debackdoor.repair import repair as repair_model
-    from debackdoor.report import header, repair_record
+    from debackdoor.report import header, repair_record, scan_record, to_json
     from debackdoor.runtime import resolve_device
 
     resolve_device(device)
@@ -71,16 +79,9 @@ def repair(
         loaded = open_model(checkpoint, arch, num_classes, mean, std)
         images = load_clean(clean, limit, seed)
         stages.begin("repair")
-        result = repair_model(
-            loaded.model,
-            images,
-            budget,
-            seed=seed,
-            device=device,
-            precision=precision,
-            memory=memory,
-            progress=stages,
-        )
+        work = partial(repair_model if scan_json is None else scan_and_repair, loaded.model, images, budget)
+        found = work(seed=seed, device=device, precision=precision, memory=memory, progress=stages)
+        report, result = found if isinstance(found, tuple) else (None, found)
     try:
         write_checkpoint(out, state_dict_of(result.model), like=loaded.checkpoint, overwrite=overwrite)
     finally:
@@ -88,6 +89,9 @@ def repair(
         _describe(output, result, len(images))
     output.say(f"wrote {out}" + ("" if result.changed else f", a copy with the same tensors as {checkpoint}"))
     head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
+    if scan_json is not None and report is not None:
+        scanned = scan_record(head, report, clean_images=len(images), fail_on="suspicious")
+        atomic_write_text(scan_json, to_json(scanned))
     record = repair_record(head, result, clean_images=len(images), budget=budget)
     output.write_json(record)
     if html is not None:
