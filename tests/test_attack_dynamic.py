@@ -120,7 +120,7 @@ def test_masks_learn_alone_from_the_attacks_seed() -> None:
     x = training.data.x[:200]
     masks = images_from(attack.network, learned, x)[:, 3:]
     assert masks.mean() < images_from(attack.network, untrained, x)[:, 3:].mean() / 2
-    assert (masks[0] > 0.5).any()
+    assert (masks > 0.5).any()
     assert (masks - masks.roll(1, 0)).square().mean().sqrt() > 0.1  # other pixels for other images
 
 

@@ -25,11 +25,11 @@ def test_from_an_attack_to_a_repaired_model(shell: Shell) -> None:
     folder = shell.folder / "victim"
     digits = ("--data", "digits", "--test", "digits")
     trained = shell(
-        "attack", "badnets", "--arch", shell.arch, *digits, "--epochs", 6, "--poison-rate", 0.3, "--out", folder
+        "attack", "badnets", "--arch", shell.arch, *digits, "--epochs", 8, "--poison-rate", 0.3, "--out", folder
     )
     assert trained.code == 0, trained
     record = json.loads((folder / "record.json").read_text())
-    assert (record["attack"], record["dataset"], record["epochs"], record["flip"]) == ("badnets", "digits", 6, False)
+    assert (record["attack"], record["dataset"], record["epochs"], record["flip"]) == ("badnets", "digits", 8, False)
     assert record["clean_accuracy"] > 0.8
     assert f"clean accuracy {record['clean_accuracy']:.1%}" in trained.out
 
