@@ -25,6 +25,7 @@ WAYS: dict[str, tuple[str, ...]] = {
 """By the detector's name: the models that it is tried with."""
 
 PAIRS = tuple((name, which) for name, models in WAYS.items() for which in models)
+"""Every detector with every model that it is tried with."""
 
 
 def summary(records: Sequence[Record]) -> str:

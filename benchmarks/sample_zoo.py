@@ -7,8 +7,8 @@
 
 Every detector gets the model, clean training images that nothing was taught on, and a pile of test images, of which
 some carry the trigger; once with the suspect model and once with the exposed one. A record that lacks a detector gets
-it added. Triggered images of an all-to-one
-backdoor are of other classes than its target; whether the trigger succeeds on them is not asked.
+it added. Triggered images of an all-to-one backdoor are of other classes than its target; whether the trigger succeeds
+on them is not asked.
 """
 
 from __future__ import annotations
@@ -34,13 +34,10 @@ from debackdoor.attacks import load_trigger
 from debackdoor.attacks.base import ALL_TO_ONE
 from debackdoor.case import Case, open_case
 from debackdoor.defenses import RNP
-from debackdoor.detect import DETECTORS, expose_several, repair_changed
-from debackdoor.detectors.clustering import ActivationClustering
+from debackdoor.detect import DETECTORS, expose_several, repaired_model
 from debackdoor.detectors.cognitive_distillation import CognitiveDistillation
 from debackdoor.detectors.samples import ExposedMargin, smallest
 from debackdoor.detectors.shift import REPAIR_SHIFT, repair_shift
-from debackdoor.detectors.spectral import SpectralSignatures
-from debackdoor.detectors.strip import STRIP
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
 from debackdoor.models.forward import predict
@@ -52,7 +49,6 @@ FALSE_POSITIVES = 0.01
 SLOW = {CognitiveDistillation.name: 0.4}
 """Detectors that get the first images of the pile only, and how large a share."""
 
-BASELINES = (STRIP, CognitiveDistillation, SpectralSignatures, ActivationClustering)
 BY_DETECTOR = ("images", "aurocs", "true_positive_rates", "false_positive_rates", "seconds", "commits")
 """What a record tells of every detector."""
 
@@ -149,7 +145,7 @@ def _judges(case: Case, wanted: set[str]) -> dict[str, list[nn.Module]]:
         "original": lambda: [case.suspect],
         "exposed": lambda: [case.unlearn(case.suspect).model],
         "several exposed": lambda: [unlearned.model for unlearned in expose_several(case, several=True)],
-        "repaired": lambda: [model for model in [repair_changed(case)] if model is not None],
+        "repaired": lambda: [model for model in [repaired_model(case)] if model is not None],
     }
     return {which: make() for which, make in makers.items() if which in wanted}
 

@@ -120,7 +120,9 @@ def test_masks_learn_alone_from_the_attacks_seed() -> None:
     x = training.data.x[:200]
     masks = images_from(attack.network, learned, x)[:, 3:]
     assert masks.mean() < images_from(attack.network, untrained, x)[:, 3:].mean() / 2
-    assert (masks > 0.5).any()
+    assert (
+        masks.flatten(1).amax(1) > 0.5
+    ).float().mean() > 0.5  # which images get a mask that marks depends on the CPU
     assert (masks - masks.roll(1, 0)).square().mean().sqrt() > 0.1  # other pixels for other images
 
 

@@ -282,7 +282,7 @@ def test_the_repair_is_asked_where_it_changes_something(changed: bool, monkeypat
     repaired = quadrants()
     with torch.no_grad():
         next(iter(repaired.parameters())).mul_(0.5)
-    monkeypatch.setattr("debackdoor.detect.repair_changed", lambda case: repaired if changed else None)
+    monkeypatch.setattr("debackdoor.detect.repaired_model", lambda case: repaired if changed else None)
     found = db.detect_samples(quadrants(), quadrant_set(), PILE, device="cpu", precision="fp32")
     if changed:
         assert found.method == "repair-shift"

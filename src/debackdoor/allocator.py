@@ -13,7 +13,7 @@ def keep_freed_memory() -> None:
     """Lets this process keep up to 1 GiB that it has freed, where the C library is glibc; elsewhere nothing happens.
 
     Every step of learning frees tensors and asks for as many of the same sizes again. To give their pages back and
-    have them zeroed anew takes a seventh of a slim network's step. For processes that are the program's own.
+    have them zeroed anew takes time. For processes that are the program's own.
     """
     with contextlib.suppress(AttributeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt

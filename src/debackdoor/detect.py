@@ -20,7 +20,7 @@ from debackdoor.detectors.strip import STRIP
 from debackdoor.errors import DebackdoorError, check_fraction
 from debackdoor.memory import DEFAULT
 from debackdoor.models.forward import predict
-from debackdoor.repair import remove_case
+from debackdoor.repair import repair_unchecked
 from debackdoor.rnp.modes import normalisation_learns
 from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.types import CleanSet, Progress, SampleScores
@@ -93,7 +93,7 @@ def detect_samples(
 def _judge(case: Case, pile: Tensor, method: str, on: str, false_positive_rate: float) -> SampleScores:
     precision = case.method.precision
     answers = predict(case.suspect, pile, precision=precision).argmax(1)
-    if method == REPAIR_SHIFT and (repaired := repair_changed(case)) is not None:
+    if method == REPAIR_SHIFT and (repaired := repaired_model(case)) is not None:
         found = [repair_shift(case.suspect, repaired, x, precision=precision) for x in (pile, case.holdout.x)]
         name, conclusive = method, True
     else:
@@ -119,10 +119,10 @@ def _score(case: Case, pile: Tensor, answers: Tensor, method: str, on: str) -> t
     return list(found), all(unlearned.forgot for unlearned in exposed)
 
 
-def repair_changed(case: Case) -> nn.Module | None:
+def repaired_model(case: Case) -> nn.Module | None:
     """The model with the backdoor removed, unchecked; None where nothing was found and all is left as it was."""
     exposure = case.expose()
-    result = remove_case(case, exposure, case.evidence(exposure))
+    result = repair_unchecked(case, exposure, case.evidence(exposure))
     return result.model if result.changed else None
 
 

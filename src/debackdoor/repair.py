@@ -65,7 +65,7 @@ def repair(
 
 def repair_case(case: Case, exposure: Exposure, before: Evidence, budget: float = BUDGET) -> RepairResult:
     """The same for a model that is exposed and examined already."""
-    result = remove_case(case, exposure, before, budget)
+    result = repair_unchecked(case, exposure, before, budget)
     if before.exposed:
         verification = _judge(before, _examine_again(case, result.model, before))
     else:
@@ -75,7 +75,7 @@ def repair_case(case: Case, exposure: Exposure, before: Evidence, budget: float 
     return replace(result, verification=verification, steps=steps)
 
 
-def remove_case(case: Case, exposure: Exposure, found: Evidence, budget: float = BUDGET) -> RepairResult:
+def repair_unchecked(case: Case, exposure: Exposure, found: Evidence, budget: float = BUDGET) -> RepairResult:
     """A repair that nothing checks; its model is laid out in memory as the suspect one is."""
     method = replace(case.method, budget=budget / 2)
     plan = method.choose(case.suspect, exposure, case.clean) if found.exposed else ()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -79,9 +78,12 @@ def repair(
         loaded = open_model(checkpoint, arch, num_classes, mean, std)
         images = load_clean(clean, limit, seed)
         stages.begin("repair")
-        work = partial(repair_model if scan_json is None else scan_and_repair, loaded.model, images, budget)
-        found = work(seed=seed, device=device, precision=precision, memory=memory, progress=stages)
-        report, result = found if isinstance(found, tuple) else (None, found)
+        settings: dict[str, Any] = {"seed": seed, "device": device, "precision": precision, "memory": memory}
+        settings["progress"] = stages
+        if scan_json is None:
+            report, result = None, repair_model(loaded.model, images, budget, **settings)
+        else:
+            report, result = scan_and_repair(loaded.model, images, budget, **settings)
     try:
         write_checkpoint(out, state_dict_of(result.model), like=loaded.checkpoint, overwrite=overwrite)
     finally:
@@ -89,11 +91,11 @@ def repair(
         _describe(output, result, len(images))
     output.say(f"wrote {out}" + ("" if result.changed else f", a copy with the same tensors as {checkpoint}"))
     head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
+    record = repair_record(head, result, clean_images=len(images), budget=budget)
+    output.write_json(record)
     if scan_json is not None and report is not None:
         scanned = scan_record(head, report, clean_images=len(images), fail_on="suspicious")
         atomic_write_text(scan_json, to_json(scanned))
-    record = repair_record(head, result, clean_images=len(images), budget=budget)
-    output.write_json(record)
     if html is not None:
         from debackdoor.report.page import write_page
         from debackdoor.report.pictures import Pictures

@@ -1,7 +1,7 @@
 """Which images carry the trigger, told by what a repair changes.
 
-The repaired model answers clean images as the suspect model does, and triggered ones otherwise, be the backdoor one
-that unlearning does not expose or one that leads to many labels.
+The repaired model answers clean images as the suspect model does, and triggered ones otherwise. That holds for
+backdoors to many labels, too, and for those that do not survive unlearning.
 """
 
 from __future__ import annotations
