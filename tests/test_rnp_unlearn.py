@@ -277,6 +277,21 @@ def test_the_callers_model_is_left_alone_after_an_error() -> None:
     assert_as_found(model, before)
 
 
+def test_a_check_asks_some_of_the_images_and_the_same_every_time() -> None:
+    asked: list[Tensor] = []
+    model = quadrants()
+    model.register_forward_pre_hook(lambda _, inputs: None if torch.is_grad_enabled() else asked.append(inputs[0]))
+    clean = quadrant_set(40)
+    settings = UnlearnSettings(lr=0.01, checked=10, least_steps=1, max_passes=3, check_every=1, stop_accuracy=0.0)
+    found = unlearn(model, clean, settings, precision="fp32")
+    assert len(asked) == len(found.history) + 1 >= 3
+    assert all(torch.equal(images, asked[0]) for images in asked)
+    rows = (asked[0][:, None] == clean.x).flatten(2).all(2).nonzero()[:, 1].unique()
+    assert len(rows) == len(asked[0]) == 10
+    right = (found.model(asked[0]).argmax(1) == clean.y[rows]).float().mean()
+    assert found.accuracy == pytest.approx(float(right))
+
+
 def test_a_trained_classifier_forgets() -> None:
     settings = UnlearnSettings(
         lr=0.02,

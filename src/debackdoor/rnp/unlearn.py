@@ -31,8 +31,8 @@ class Unlearned:
         reason: why it stopped: ``forgotten`` (accuracy at or below the target), ``piled up`` (the answers had gathered
             on one label and begun to spread again), ``steps`` (none left) or ``stuck`` (no step was small enough to
             keep accuracy from falling too far at once).
-        accuracy: of the exposed model on the fit part, eval mode, a fraction.
-        label_shares: how its answers on the fit part spread over the labels, K fractions.
+        accuracy: of the exposed model on the images of a check, eval mode, a fraction.
+        label_shares: how its answers on these spread over the labels, K fractions.
         history: one row a check: step, loss, accuracy, lr, label_shares, and whether the steps were taken back.
     """
 
@@ -57,10 +57,11 @@ class UnlearnSettings:
         momentum: of SGD.
         weight_decay: of SGD.
         clip: largest gradient norm, applied after backward; None clips nothing.
-        stop_accuracy: unlearning ends at this accuracy on the fit part; None is a tenth above chance, 1 / K.
+        stop_accuracy: unlearning ends at this accuracy in a check; None is a tenth above chance, 1 / K.
         past_peak: unlearning ends when, with half of the accuracy gone, the largest label share has fallen this far
             below its peak, with the model as it was at the peak; None goes on.
         check_every: steps between two checks; None checks once a pass.
+        checked: images of the fit part that a check asks at most: a large fit part tells no more, and takes longer.
         largest_fall: how far accuracy may fall between two checks before the steps are taken back; 1 never takes back.
         max_passes: passes over the fit part at most,
         least_steps: unless they are fewer steps than this: a small fit part needs as many steps as a large one.
@@ -77,6 +78,7 @@ class UnlearnSettings:
     stop_accuracy: float | None = None
     past_peak: float | None = 0.1
     check_every: int | None = 2
+    checked: int = 512
     largest_fall: float = 0.3
     max_passes: int = 60
     least_steps: int = 240
@@ -87,7 +89,7 @@ class UnlearnSettings:
 
     def __post_init__(self) -> None:
         check_positive(lr=self.lr, max_passes=self.max_passes, batch_size=self.batch_size, clip=self.clip)
-        check_positive(check_every=self.check_every)
+        check_positive(check_every=self.check_every, checked=self.checked)
 
 
 def unlearn(
@@ -138,6 +140,7 @@ class _Climb:
         self.learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.fit, self.settings, self.precision = fit, settings, precision
         self.random = generator(seed)
+        self.asked = fit.subset(torch.randperm(len(fit), generator=generator(seed))[: settings.checked].sort().values)
         self.steps_a_pass = len(shuffled_batches(len(fit), settings.batch_size, generator(seed)))
         self.queue: list[Tensor] = []
         self.steps, self.lr, self.loss = 0, settings.lr, 0.0
@@ -146,9 +149,9 @@ class _Climb:
         self._restart()
 
     def _measure(self) -> _State:
-        logits = predict(self.model.eval(), self.fit.x, precision=self.precision)
+        logits = predict(self.model.eval(), self.asked.x, precision=self.precision)
         weights = copy.deepcopy(self.model.state_dict())
-        return _State(weights, accuracy(logits, self.fit.y), label_shares(logits), bool(torch.isfinite(logits).all()))
+        return _State(weights, accuracy(logits, self.asked.y), label_shares(logits), bool(torch.isfinite(logits).all()))
 
     def _restart(self) -> None:
         """A fresh optimiser: momentum from a direction that overshot would overshoot again."""
