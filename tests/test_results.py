@@ -19,7 +19,8 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_the_docs_show_what_the_records_say(benchmark: ModuleType) -> None:
     records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
-    table, summary = benchmark.render(records), benchmark.summary(records)
+    usual = [record for record in records if record["clean_images"] == 500]
+    table, summary = benchmark.render(usual), benchmark.summary(usual)
     assert f"<!-- repair -->\n{table}\n<!-- /repair -->" in (ROOT / "docs" / "results.md").read_text()
     by_images = benchmark.by_images(records)
     assert f"<!-- repair-images -->\n{by_images}\n<!-- /repair-images -->" in (ROOT / "docs" / "results.md").read_text()
