@@ -1,7 +1,8 @@
 """Repairs the zoo's models with one ingredient of the repair left out at a time; writes a run record of each.
 
     python benchmarks/ablate_zoo.py --out benchmarks/results/ablations
-    python benchmarks/repair_zoo.py compare benchmarks/results/{repair,ablations} --into docs/results.md
+    python benchmarks/repair_zoo.py compare benchmarks/results/{repair,ablations} --into docs/results.md \\
+        --marker ablations
 
 A model is exposed and examined once for all of its repairs, and what they end with is not examined again, since that
 changes nothing of it.

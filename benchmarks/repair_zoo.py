@@ -162,13 +162,14 @@ def table(
 def compare(
     folders: Annotated[list[Path], typer.Argument(help="folders of records")],
     into: Annotated[Path | None, typer.Option(help="page whose table between the markers is replaced")] = None,
+    marker: Annotated[str, typer.Option(help="the markers' name")] = "compare",
 ) -> None:
     """A Markdown table of all defences side by side, on the models and seeds that all of them were tried on."""
     rows = [json.loads(path.read_text()) for folder in folders for path in sorted(folder.glob("*.json"))]
     if into is None:
         typer.echo(compare_defenses(rows))
     else:
-        replace_between(into, "compare", compare_defenses(rows))
+        replace_between(into, marker, compare_defenses(rows))
 
 
 if __name__ == "__main__":

@@ -212,6 +212,30 @@ def _json_over_input(shell: Shell) -> list[object]:
     return ["--out", shell.folder / "out.safetensors", "--overwrite", "--json", shell.folder / "model.safetensors"]
 
 
+def _json_over_output_by_a_detour(shell: Shell) -> list[object]:
+    (shell.folder / "sub").mkdir()
+    out = shell.folder / "out.safetensors"
+    return ["--out", out, "--json", shell.folder / "sub" / ".." / "out.safetensors"]
+
+
+def _json_over_output_by_a_link(shell: Shell) -> list[object]:
+    out, link = shell.folder / "out.safetensors", shell.folder / "link.json"
+    link.symlink_to(out)
+    return ["--out", out, "--json", link]
+
+
+def _json_over_network(shell: Shell) -> list[object]:
+    return ["--out", shell.folder / "out.safetensors", "--json", shell.folder / "net.py"]
+
+
+def _model_over_network(shell: Shell) -> list[object]:
+    return ["--out", shell.folder / "net.py", "--overwrite"]
+
+
+def _scan_to_stdout(shell: Shell) -> list[object]:
+    return ["--out", shell.folder / "out.safetensors", "--scan-json", "-"]
+
+
 def _json_over_output(shell: Shell) -> list[object]:
     return ["--out", shell.folder / "out.safetensors", "--json", shell.folder / "out.safetensors"]
 
@@ -227,6 +251,11 @@ def _json_over_output(shell: Shell) -> list[object]:
         _json_without_folder,
         _json_over_input,
         _json_over_output,
+        _json_over_output_by_a_detour,
+        _json_over_output_by_a_link,
+        _json_over_network,
+        _model_over_network,
+        _scan_to_stdout,
     ],
 )
 def test_outputs_that_cannot_be_are_refused_before_the_work(
@@ -279,6 +308,39 @@ def test_a_full_disk_is_one_sentence(shell: Shell, stand_in: StandIn, monkeypatc
     assert "the check says this" in warning  # a later error hides no finding
     assert "No space left on device" in sentence
     assert not (shell.folder / "out.safetensors").exists()
+
+
+def test_an_image_is_not_replaced_by_a_record_but_a_record_beside_it_is(shell: Shell, stand_in: StandIn) -> None:
+    folder = shell.folder / "images"
+    folder.mkdir()
+    (folder / "photo.png").write_text("mine")
+    (folder / "old.json").write_text("{}")
+    words = ["repair", shell.checkpoint(), "--arch", shell.arch, "--clean", folder, "--out", shell.folder / "o.pt"]
+    ran = shell(*words, "--json", folder / "photo.png")
+    assert (ran.code, (folder / "photo.png").read_text()) == (2, "mine")
+    assert "expected a file of its own to write" in ran.err
+    assert "expected a file of its own to write" not in shell(*words, "--json", folder / "old.json").err
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_record_that_cannot_be_written_takes_no_other_along(shell: Shell, stand_in: StandIn, passed: bool) -> None:
+    stand_in.passed = passed
+    (shell.folder / "gone").mkdir()
+    record, page = shell.folder / "gone" / "record.json", shell.folder / "page.html"
+    work = stand_in.__class__.__call__
+
+    def gone(self: StandIn, *given: Any, **options: Any) -> RepairResult:
+        (shell.folder / "gone").rmdir()
+        return work(self, *given, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(StandIn, "__call__", gone)
+        ran = shell(*repair_of(shell, "--out", shell.folder / "out.pt", "--json", record, "--html", page, "--quiet"))
+    assert ran.code == (2 if passed else 1)
+    assert f"{record} was not written: No such file or directory; check the folder" in ran.err
+    assert ("the finding stands" in ran.err) is not passed
+    assert page.exists()
+    assert (shell.folder / "out.pt").exists()
 
 
 def test_html_shows_the_steps_and_takes_no_ones_place(shell: Shell, stand_in: StandIn) -> None:

@@ -235,7 +235,7 @@ def test_the_callers_model_is_left_alone_when_interrupted(stage: str) -> None:
         ({"on": "original"}, DebackdoorError, "for repair-shift and exposed-margin the exposed one, got 'original'"),
         ({"false_positive_rate": 1.5}, DebackdoorError, "false_positive_rate from 0 to 1, got 1.5; give a fraction"),
         ({"false_positive_rate": float("nan")}, DebackdoorError, "false_positive_rate from 0 to 1, got nan"),
-        ({"seed": -1}, DebackdoorError, "a seed of at least 0, got -1; correct it"),
+        ({"seed": -1}, DebackdoorError, "a seed from 0 to 2147483647, got -1; correct it"),
         ({"images": PILE[:, :, :4]}, DataError, r"images of shape \(1, 8, 8\) .*, got \(1, 4, 8\); bring them"),
         ({"images": PILE[0]}, DataError, r"float32 images of shape \(N, C, H, W\), got torch.float32 \(1, 8, 8\)"),
         ({"images": PILE[:0]}, DataError, "at least one image, got none"),

@@ -1,12 +1,13 @@
 """Repair from a model and a clean set: what stays as it was, and that the backdoor goes."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import debackdoor as db
 from channel_cases import assert_as_found, snapshot
@@ -31,6 +32,7 @@ CASE = import_module("debackdoor.case")
 def exposed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever unlearning finds, label 1 counts as exposed, though four classes are too few to tell."""
     monkeypatch.setattr(CASE, "FEWEST_CLASSES", 4)
+    monkeypatch.setattr(CASE, "FEWEST_NORMS", 1)
     monkeypatch.setattr(CASE, "most_repeated", lambda shares: PileUp(1, 1.0))
 
 
@@ -144,12 +146,72 @@ def test_where_nothing_is_exposed_no_bit_changes(monkeypatch: pytest.MonkeyPatch
     assert "left as it is" in result.verification.message
 
 
+class Counting(nn.Module):
+    """Counts in a buffer how often it is called, and works on its images in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = quadrants()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(x.mul_(2).sub_(0.1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("not_exposed")
+def test_a_network_that_keeps_count_comes_out_as_it_was() -> None:
+    model, clean = Counting().eval(), quadrant_set()
+    images = clean.x.clone()
+    result = db.repair(model, clean)
+    assert (result.changed, float(result.model.calls), float(model.calls)) == (False, 0, 0)
+    assert torch.equal(clean.x, images)
+
+
+@pytest.mark.usefixtures("exposed")
+def test_a_network_that_works_in_place_is_repaired_from_images_that_stay_as_they_are() -> None:
+    model, clean = Counting().eval(), quadrant_set()
+    images = clean.x.clone()
+    assert db.repair(model, clean).changed
+    assert torch.equal(clean.x, images)
+
+
+class Twice(nn.Module):
+    """A block under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = quadrants()
+        block = nn.Sequential(nn.Conv2d(1, 1, 1), nn.ReLU())
+        self.blocks = nn.ModuleList([block, block])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + 0.01 * block(x)
+        return self.inner(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.usefixtures("exposed")
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_a_shared_block_is_repaired_whatever_the_caller_has_switched_off(context: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    model, clean = Twice().eval(), quadrant_set()
+    before = snapshot(model)
+    with context():
+        result = db.repair(model, clean)
+    assert_as_found(model, before)
+    assert result.changed
+    assert result.model.blocks[0] is result.model.blocks[1]
+    assert all(value.requires_grad for value in result.model.parameters())
+
+
 @pytest.mark.usefixtures("not_exposed")
 @pytest.mark.parametrize(("norm", "touched"), [(nn.Identity(), False), (nn.BatchNorm2d(4), True)])
 def test_a_pile_up_counts_only_with_batch_statistics(
     norm: nn.Module, touched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CASE, "FEWEST_CLASSES", 4)
+    monkeypatch.setattr(CASE, "FEWEST_NORMS", 1)
     monkeypatch.setattr(CASE, "most_repeated", lambda shares: PileUp(1, 1.0))
     model = quadrants()
     model[1] = norm

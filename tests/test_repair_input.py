@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, weight_norm
 
 import debackdoor as db
 from channel_cases import assert_as_found, snapshot
@@ -23,6 +24,15 @@ def with_head(change: Callable[[nn.Linear], None]) -> nn.Module:
     model = quadrants()
     with torch.no_grad():
         change(model[5])
+    return model
+
+
+def with_layer(change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Quadrants without normalisation, their weights functions of others."""
+    model = quadrants()
+    model[1] = nn.Identity()
+    model[5] = change(model[5])
+    model[0] = change(model[0])
     return model
 
 
@@ -88,6 +98,14 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Callable[[], CleanSet], type[Excep
     ),
     "no logits": (lambda: nn.Conv2d(1, 4, 3), quadrant_set, ModelError, r"logits of shape \(N, classes\)"),
     "nothing to mask": (linear_quadrants, quadrant_set, ModelError, "a linear classifier alone"),
+    "parametrised weights alone": (
+        lambda: with_layer(parametrizations.weight_norm), quadrant_set, ModelError, "call .*remove_parametrizations"
+    ),
+    "weights computed by a hook": (
+        lambda: with_layer(weight_norm), quadrant_set, ModelError, "call remove_weight_norm on each layer first"
+    ),
+    "half precision": (lambda: quadrants().half(), quadrant_set, ModelError, "float32 weights, got torch.float16"),
+    "a wrapper": (lambda: nn.DataParallel(quadrants()), quadrant_set, ModelError, "pass model.module"),
 }  # fmt: skip
 
 
@@ -109,6 +127,10 @@ def test_bad_input_is_refused_in_one_sentence(case: str) -> None:
         ({"budget": -0.1}, "budget from 0 to 1"),
         ({"budget": 2.0}, "budget from 0 to 1"),
         ({"budget": float("nan")}, "budget from 0 to 1"),
+        ({"budget": "0.02"}, "budget from 0 to 1, got '0.02'"),
+        ({"seed": -1}, "seed from 0 to 2147483647, got -1"),
+        ({"seed": 1.5}, "seed from 0 to 2147483647, got 1.5"),
+        ({"memory": "6"}, "memory above 0, got '6'"),
         ({"device": "tpu"}, "auto, cpu, cuda"),
         ({"precision": "fp8"}, "auto, fp32, bf16"),
     ],

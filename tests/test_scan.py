@@ -84,6 +84,7 @@ def test_a_switch_to_the_next_class_is_all_to_all() -> None:
 def test_the_callers_model_is_left_alone_and_the_seed_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers pile up as they may on any of four labels; here that counts, so that there is a trigger to recover."""
     monkeypatch.setattr(CASE, "FEWEST_CLASSES", 4)
+    monkeypatch.setattr(CASE, "FEWEST_NORMS", 1)
     model, clean = lived_in(), quadrant_set()
     x, y, before = clean.x.clone(), clean.y.clone(), snapshot(model)
     heard: list[str] = []

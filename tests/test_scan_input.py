@@ -56,14 +56,14 @@ def overflowing() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "clean", "arguments", "error", "message"),
     [
-        (quadrants, relabelled(torch.arange(80) % 5), {}, DataError, "labels of 0 to 3 .* got 4 for image 4; check"),
+        (quadrants, relabelled(torch.arange(80) % 5), {}, DataError, "labels of 0 to 3 .* got 4 for image 4 of those drawn; check"),
         (
             quadrants, CleanSet(torch.zeros(80, 3, 8, 8), torch.arange(80) % 4), {}, ModelError,
             r"images of shape \(3, 8, 8\), got .*; check --arch and the image size",
         ),
         (constant, quadrant_set(), {}, ModelError, "depend on the image, got the same for all; "),
         (overflowing, quadrant_set(), {}, ModelError, "finite outputs on the clean images, got NaN"),
-        (quadrants, quadrant_set(), {"seed": -1}, DebackdoorError, "a seed of at least 0, got -1; correct it"),
+        (quadrants, quadrant_set(), {"seed": -1}, DebackdoorError, "a seed from 0 to 2147483647, got -1; correct it"),
         (quadrants, quadrant_set(), {"device": "tpu"}, DebackdoorError, "auto, cpu, cuda, got 'tpu'; choose"),
         (quadrants, quadrant_set(), {"precision": "fp8"}, DebackdoorError, "auto, fp32, bf16, got 'fp8'; choose"),
     ],

@@ -112,12 +112,20 @@ def looked_for(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("norm", "classes"), [(nn.BatchNorm2d(4), 4), (nn.BatchNorm1d(5, affine=False), 5), (nn.LayerNorm(5), 5)], ids=str
+    ("norm", "classes", "fewest"),
+    [
+        (nn.BatchNorm2d(4), 4, 1),
+        (nn.BatchNorm1d(5, affine=False), 5, 1),
+        (nn.LayerNorm(5), 5, 1),
+        (nn.BatchNorm1d(5), 5, 2),
+    ],
+    ids=str,
 )
-def test_few_classes_or_a_norm_that_does_not_learn_give_no_pile_up(
-    norm: nn.Module, classes: int, looked_for: list[int]
+def test_few_classes_or_norms_that_learn_give_no_pile_up(
+    norm: nn.Module, classes: int, fewest: int, looked_for: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The label where answers gathered while all weights unlearned is then looked at first."""
+    monkeypatch.setattr(CASE, "FEWEST_NORMS", fewest)
     model, clean = (quadrants(), quadrant_set()) if classes == 4 else (strips(), strip_set())
     model[1 if classes == 4 else 3] = norm
     case = open_case(model, clean, RNP(precision="fp32"), "cpu")
@@ -131,6 +139,7 @@ def test_a_pile_up_is_the_label_that_repeats(looked_for: list[int], monkeypatch:
     """Label 4 gets all answers once and none in the other unlearning, label 1 gets 0.5 and 0.75."""
     shares = [[[0.0, 0.5, 0.25, 0.25, 0.0], [0.0] * 4 + [1.0]], [[0.25, 0.75, 0.0, 0.0, 0.0]]]
     made = [Unlearned(nn.Identity(), "forgotten", 0.0, [], [{"label_shares": row} for row in run]) for run in shares]
+    monkeypatch.setattr(CASE, "FEWEST_NORMS", 1)
     monkeypatch.setattr(CASE, "unlearn_parts", lambda *_, **__: iter(made))
     case = open_case(strips(), strip_set(), RNP(precision="fp32"), "cpu")
     assert case.pile_ups(case.suspect) == [0.0, 0.5, 0.0, 0.0, 0.0]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.func import functional_call
 
 from debackdoor.errors import DebackdoorError, ModelError
 from debackdoor.models.forward import logits_of
+from debackdoor.models.stateless import call_with
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)
 """Batch, instance and group normalisation. LayerNorm is none of them."""
@@ -63,7 +63,7 @@ def trace(model: nn.Module, example: Tensor) -> Trace:
         try:
             # The images are a source like any layer (a residual stream can start at them), so they need a node.
             images = example.detach().clone().requires_grad_().clone()
-            output = functional_call(model, _copies(model), (images,))
+            output = call_with(model, _copies(model), images)
         except DebackdoorError:
             raise
         except Exception as error:  # a model is anyone's code and may raise anything

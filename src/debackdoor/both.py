@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import nn
 
-from debackdoor.case import device_of, open_case
+from debackdoor.case import open_case
 from debackdoor.defenses.rnp import RNP
 from debackdoor.errors import check_fraction
 from debackdoor.memory import DEFAULT
-from debackdoor.repair import BUDGET, repair_case
+from debackdoor.repair import BUDGET, handed_back, repair_case
 from debackdoor.scan import scan_case
 from debackdoor.types import CleanSet, Progress, RepairResult, ScanReport
 
@@ -49,4 +47,4 @@ def scan_and_repair(
         evidence = case.evidence(exposure)
         report = scan_case(case, exposure, evidence)
         result = repair_case(case, exposure, evidence, budget)
-    return report, replace(result, model=result.model.to(device_of(model)))
+    return report, handed_back(result, model)

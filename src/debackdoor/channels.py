@@ -13,11 +13,12 @@ from itertools import accumulate
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
-from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
 
 from debackdoor._graph import LAYERS, NORMS, Call, Use, classifier_outputs, trace, uses
 from debackdoor.errors import ModelError
 from debackdoor.models.forward import logits_of
+from debackdoor.models.stateless import call_with
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,12 @@ def find_channels(model: nn.Module, example: Tensor) -> tuple[MaskableLayer, ...
         if _is_maskable(calls, followers, classifier)
     )
     if not layers:
+        hint = "a linear classifier alone cannot be pruned"
+        if any(map(is_parametrized, model.modules())):
+            hint = "its weights are parametrised: call torch.nn.utils.parametrize.remove_parametrizations on each first"
         raise ModelError(
             f"expected a model with normalisation, convolution or hidden linear layers, got {type(model).__name__} "
-            "with no channel that can be masked; a linear classifier alone cannot be pruned"
+            f"with no channel that can be masked; {hint}"
         )
     return layers
 
@@ -167,7 +171,7 @@ def masked_call(
     if buffers is None:
         buffers = {name: value.clone() for name, value in model.named_buffers()}
     tensors = {**buffers, **parameters, **mask_parameters(layers, mask, parameters)}
-    return logits_of(functional_call(model, tensors, (x,)))
+    return logits_of(call_with(model, tensors, x))
 
 
 def _scale(parameter: Tensor, part: Tensor, transposed: bool) -> Tensor:

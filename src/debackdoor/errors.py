@@ -42,8 +42,8 @@ def check_positive(**settings: float | None) -> None:
         DebackdoorError: if one is not above 0.
     """
     for name, value in settings.items():
-        if value is not None and not value > 0:
-            raise DebackdoorError(f"expected {name} above 0, got {value}; correct it")
+        if value is not None and not (isinstance(value, (int, float)) and value > 0):
+            raise DebackdoorError(f"expected {name} above 0, got {value!r}; correct it")
 
 
 def check_fraction(**settings: float | None) -> None:
@@ -53,5 +53,5 @@ def check_fraction(**settings: float | None) -> None:
         DebackdoorError: if one is not from 0 to 1.
     """
     for name, value in settings.items():
-        if value is not None and not 0.0 <= value <= 1.0:
-            raise DebackdoorError(f"expected {name} from 0 to 1, got {value}; give a fraction such as 0.02")
+        if value is not None and not (isinstance(value, (int, float)) and 0.0 <= value <= 1.0):
+            raise DebackdoorError(f"expected {name} from 0 to 1, got {value!r}; give a fraction such as 0.02")

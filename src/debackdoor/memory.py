@@ -6,10 +6,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from debackdoor.errors import DebackdoorError
 from debackdoor.models.forward import logits_of
+from debackdoor.models.stateless import call_with
 from debackdoor.runtime import autocast
 
 GIB = 1 << 30
@@ -79,6 +79,6 @@ def _saved(model: nn.Module, x: Tensor, precision: str) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value), autocast(x.device, precision):
         # The answers hold on to all that was saved, so that no address comes up twice.
-        answers = logits_of(functional_call(model, weights, (x,)))
+        answers = logits_of(call_with(model, weights, x))
     del answers
     return sum(saved.values())

@@ -5,6 +5,7 @@ Everything is chosen from the clean set alone: its fit part teaches, its hold-ou
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -60,7 +61,14 @@ def repair(
     with case.within_memory():
         exposure = case.expose()
         result = repair_case(case, exposure, case.evidence(exposure), budget)
-    return replace(result, model=result.model.to(device_of(model)))
+    return handed_back(result, model)
+
+
+def handed_back(result: RepairResult, model: nn.Module) -> RepairResult:
+    """The result on the caller's device; of a model that was not changed, a copy in which no buffer has moved."""
+    with torch.inference_mode(False):
+        final = result.model if result.changed else copy.deepcopy(model).eval()
+        return replace(result, model=final.to(device_of(model)))
 
 
 def repair_case(case: Case, exposure: Exposure, before: Evidence, budget: float = BUDGET) -> RepairResult:

@@ -31,6 +31,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     Raises:
         DebackdoorError: if the name is unknown, or CUDA is asked for and absent.
     """
+    name = str(name)  # of a torch.device, too
     if name not in DEVICES:
         raise DebackdoorError(f"expected a device out of {', '.join(DEVICES)}, got '{name}'; choose one of them")
     if name == "cuda" and not torch.cuda.is_available():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_new_folder, files_among, finding_stands
+from debackdoor.cli.output import Output, check_new_folder, finding_stands, paths_among
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def detect(
     told.
     """
     output = Output(quiet, json_to)
-    output.check_json([checkpoint, *files_among(clean, suspects)])
+    output.check_json([checkpoint, *paths_among(clean, suspects, arch)])
     if clean_out is not None:
         check_new_folder(clean_out)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _STDOUT = "-"
+_RECORDS = (".json", ".html", ".sarif", ".md", ".csv")
+"""What a folder of images may hold beside them, and may be written again."""
 
 
 class Output:
@@ -86,13 +88,32 @@ class Output:
         if self._json_to == _STDOUT:
             typer.echo(to_json(record), nl=False)
             return
+        write_text(self._json_to, to_json(record))
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file in one step.
+
+    Raises:
+        DebackdoorError: if it cannot be written.
+    """
+    try:
+        atomic_write_text(path, text)
+    except OSError as error:
+        reason = error.strerror or error
+        raise DebackdoorError(f"{path} was not written: {reason}; check the folder and the disk") from error
+
+
+def each_of(steps: Iterable[Callable[[], object]]) -> None:
+    """Takes every step, also after one that failed, and then raises the first error."""
+    errors = []
+    for step in steps:
         try:
-            atomic_write_text(self._json_to, to_json(record))
-        except OSError as error:
-            reason = error.strerror or error
-            raise DebackdoorError(
-                f"{self._json_to} was not written: {reason}; check the folder and the disk"
-            ) from error
+            step()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 @contextmanager
@@ -107,9 +128,9 @@ def finding_stands(status: int, debug: bool) -> Iterator[None]:
         complain("the finding stands")
 
 
-def files_among(*data: str) -> list[Path]:
-    """What of the DATA that a user names is a file."""
-    return [Path(name) for name in data if Path(name).is_file()]
+def paths_among(*names: str) -> list[Path]:
+    """What of the DATA and ARCH that a user names is a file or a folder."""
+    return [Path(part) for name in names for part in (name, name.rpartition(":")[0]) if part and Path(part).exists()]
 
 
 def check_file(path: Path, inputs: Iterable[Path], overwrite: bool, protect: bool = False) -> None:
@@ -117,7 +138,7 @@ def check_file(path: Path, inputs: Iterable[Path], overwrite: bool, protect: boo
 
     Args:
         path: the file to be.
-        inputs: files that the work reads.
+        inputs: files that the work reads, and folders whose files it reads.
         overwrite: whether an existing file may be replaced.
         protect: whether ``inputs`` are kept even then.
 
@@ -126,8 +147,7 @@ def check_file(path: Path, inputs: Iterable[Path], overwrite: bool, protect: boo
     """
     if path.exists() and not path.is_file():
         raise DebackdoorError(f"{path}: expected a file to write, got a folder or device; give a file name")
-    same = [source for source in inputs if path.absolute() == source.absolute() or _is_same(path, source)]
-    if same and (protect or not overwrite):
+    if any(_is_same(path, source) for source in inputs) and (protect or not overwrite):
         hint = "give another file" if protect else "give another file, or --overwrite to replace it"
         raise DebackdoorError(f"{path}: expected a file of its own to write, got that of another use; {hint}")
     if os.path.lexists(path) and not overwrite:
@@ -161,4 +181,8 @@ def check_folder(folder: Path) -> None:
 
 
 def _is_same(path: Path, other: Path) -> bool:
-    return path.exists() and other.exists() and path.samefile(other)
+    """Whether writing ``path`` would replace ``other``, which may be yet to be written, or a file inside of it."""
+    here, there = Path(os.path.realpath(path)), Path(os.path.realpath(other))
+    if other.is_dir():
+        return path.exists() and here.is_relative_to(there) and here.suffix.lower() not in _RECORDS
+    return here == there or (path.exists() and other.exists() and path.samefile(other))

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_file, files_among
+from debackdoor.cli.output import Output, check_file, each_of, finding_stands, paths_among, write_text
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
 from debackdoor.cli.words import numbers_in_words
-from debackdoor.files import atomic_write_text
+from debackdoor.errors import DebackdoorError
 
 if TYPE_CHECKING:
-    from debackdoor.types import RepairResult
+    from collections.abc import Callable, Mapping
+
+    from debackdoor.types import CleanSet, RepairResult
 
 
 def repair(
@@ -52,9 +54,13 @@ def repair(
     there in the end, and with 3 if nothing could be told; the file is written then, too.
     """
     output = Output(quiet, json_to)
+    read = paths_among(clean, arch)
     check_file(out, [checkpoint], overwrite)
-    taken = [checkpoint, out, *files_among(clean)]
+    check_file(out, read, overwrite, protect=True)
+    taken = [checkpoint, out, *read]
     for path in (html, scan_json):
+        if path == Path("-"):
+            raise DebackdoorError("expected a file for a second output, got '-', standard output; give a file name")
         if path is not None:
             check_file(path, taken, overwrite=True, protect=True)
             taken.append(path)
@@ -84,25 +90,31 @@ def repair(
             report, result = None, repair_model(loaded.model, images, budget, **settings)
         else:
             report, result = scan_and_repair(loaded.model, images, budget, **settings)
-    try:
-        write_checkpoint(out, state_dict_of(result.model), like=loaded.checkpoint, overwrite=overwrite)
-    finally:
-        # Also when writing fails: what was found is worth knowing.
-        _describe(output, result, len(images))
-    output.say(f"wrote {out}" + ("" if result.changed else f", a copy with the same tensors as {checkpoint}"))
-    head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
+    status, head = _status(result), header(loaded, data=clean, seed=seed, seconds=stages.seconds)
     record = repair_record(head, result, clean_images=len(images), budget=budget)
-    output.write_json(record)
+    records: list[Callable[[], object]] = [lambda: output.write_json(record)]
     if scan_json is not None and report is not None:
         scanned = scan_record(head, report, clean_images=len(images), fail_on="suspicious")
-        atomic_write_text(scan_json, to_json(scanned))
+        records.append(lambda: write_text(scan_json, to_json(scanned)))
     if html is not None:
-        from debackdoor.report.page import write_page
-        from debackdoor.report.pictures import Pictures
+        records.append(lambda: _write_page(html, record, result, images, shlex.join(context.obj)))
+    _describe(output, result, len(images))
+    try:
+        write_checkpoint(out, state_dict_of(result.model), like=loaded.checkpoint, overwrite=overwrite)
+        output.say(f"wrote {out}" + ("" if result.changed else f", a copy with the same tensors as {checkpoint}"))
+    finally:
+        # Also when the model cannot be written: what was found is worth knowing.
+        with finding_stands(status, debug):
+            each_of(records)
+    return status
 
-        pictures, rows = Pictures(clean=images), result.history.get("unlearn", ())
-        write_page(html, record, pictures=pictures, unlearning=rows, command=shlex.join(context.obj))
-    return _status(result)
+
+def _write_page(html: Path, record: Mapping[str, Any], result: RepairResult, images: CleanSet, command: str) -> None:
+    from debackdoor.report.page import write_page
+    from debackdoor.report.pictures import Pictures
+
+    pictures, rows = Pictures(clean=images), result.history.get("unlearn", ())
+    write_page(html, record, pictures=pictures, unlearning=rows, command=command)
 
 
 def _status(result: RepairResult) -> int:

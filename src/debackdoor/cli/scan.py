@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_file, files_among, finding_stands
+from debackdoor.cli.output import Output, check_file, each_of, finding_stands, paths_among, write_text
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK
 from debackdoor.cli.words import numbers_in_words
-from debackdoor.files import atomic_write_text
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -65,7 +64,7 @@ def scan(
     Exits with 0 if nothing was found, with 1 for a finding at or above --fail-on, and with 3 if nothing could be told.
     """
     output = Output(quiet, json_to)
-    taken = [checkpoint, *files_among(clean)]
+    taken = [checkpoint, *paths_among(clean, arch)]
     for path in (html, sarif):
         if path is not None:
             check_file(path, taken, overwrite=True, protect=True)
@@ -103,8 +102,8 @@ def scan(
     status = _status(report, fail_on)
     _describe(output, report, len(images))
     with finding_stands(status, debug):
-        output.write_json(record)
-        _write(record, report, images, html, sarif, shlex.join(context.obj))
+        command = shlex.join(context.obj)
+        each_of((lambda: output.write_json(record), lambda: _write(record, report, images, html, sarif, command)))
     return status
 
 
@@ -128,7 +127,7 @@ def _write(
         from debackdoor.report import to_json
         from debackdoor.report.sarif import sarif as in_sarif
 
-        atomic_write_text(sarif, to_json(in_sarif(record)))
+        write_text(sarif, to_json(in_sarif(record)))
     if html is not None:
         from debackdoor.report.page import write_page
         from debackdoor.report.pictures import Pictures

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_file, check_folder, files_among, finding_stands
+from debackdoor.cli.output import Output, check_file, check_folder, finding_stands, paths_among
 from debackdoor.cli.scan import FailOn
 from debackdoor.cli.status import BACKDOORED, ERROR, INCONCLUSIVE, OK
 from debackdoor.errors import DebackdoorError
@@ -120,7 +120,7 @@ def _check_outputs(output: Output, out: Path, manifest: Path, entries: Sequence[
     if out.exists() and not out.is_dir():
         raise DebackdoorError(f"{out}: expected a folder to write to, got a file; give another")
     check_folder(next(path for path in (out.absolute(), *out.absolute().parents) if path.exists()))
-    read = [manifest, *(file for entry in entries for file in files_among(entry.path, entry.clean))]
+    read = [manifest, *(file for entry in entries for file in paths_among(entry.path, entry.clean, entry.arch))]
     written = [out / "scan.parquet", out / "index.html"]
     if out.is_dir():
         for path in written:

@@ -20,7 +20,7 @@ def check_labels(clean: CleanSet, num_classes: int) -> None:
         row = int(wrong[0])
         raise DataError(
             f"{clean.source}: expected labels of 0 to {num_classes - 1} for a model of {num_classes} classes, "
-            f"got {int(clean.y[row])} for image {row}; check the labels and --num-classes"
+            f"got {int(clean.y[row])} for image {row} of those drawn; check the labels and --num-classes"
         )
 
 

@@ -93,6 +93,8 @@ def open_source(source: str | os.PathLike[str], split: str, labelled: bool = Tru
     """
     if split not in ("train", "test"):
         raise DataError(f"expected split to be train or test, got {split!r}; choose one of the two")
+    if not os.fspath(source):
+        raise DataError("expected a folder, a file or a word for the images, got nothing; write . for this folder")
     try:
         return _open(source, split, labelled)
     except OSError as error:

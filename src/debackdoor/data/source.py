@@ -69,7 +69,7 @@ def read(source: ImageSource, indices: Indices, image_size: int | None) -> Clean
         elif image.shape != x.shape[1:]:
             raise DataError(
                 f"{where}: expected {_size(x[0])} pixels as in {first}, got {_size(image)}; "
-                "bring all images to one size, or pass image_size"
+                "bring all images to one size (in Python, image_size does)"
             )
         x[int(position)] = image
     return CleanSet(x, torch.from_numpy(source.labels[indices]), source.class_names, source.name)

@@ -15,11 +15,11 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from debackdoor.defenses.tuning import Tuned, Tuning
 from debackdoor.errors import check_fraction, check_positive
 from debackdoor.models.forward import logits_of
+from debackdoor.models.stateless import call_with
 from debackdoor.runtime import autocast
 from debackdoor.types import CleanSet, Progress, Step
 
@@ -53,7 +53,7 @@ class FTSAM(Tuning):
 
         def loss_of(x: Tensor, y: Tensor, buffers: dict[str, Tensor]) -> Tensor:
             with autocast(x.device, self.precision):
-                logits = logits_of(functional_call(model, buffers, (x,))).float()
+                logits = logits_of(call_with(model, buffers, x)).float()
             return F.cross_entropy(logits, y, label_smoothing=self.smoothing)
 
         def backward(x: Tensor, y: Tensor) -> Tensor:

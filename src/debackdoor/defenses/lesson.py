@@ -198,7 +198,7 @@ class Lesson:
         """The student's logits on clean and mixed images, those on images with a trigger, and the teacher's on all."""
         with autocast(batch.seen.device, self.precision):
             with torch.no_grad():
-                wanted = logits_of(self.teacher(batch.taught)).float()
+                wanted = logits_of(self.teacher(batch.taught.clone())).float()  # it may work in place
             # Under the mask a pruned channel gets no gradient: it cannot grow again and bring the backdoor back.
             seen = batch.seen
             logits = masked_call(self.student, self.layers, self.mask, seen, self.parameters, self.buffers).float()

@@ -17,13 +17,13 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 
 from debackdoor.defenses.finetune import FineTuning
 from debackdoor.defenses.tuning import Tuned, Tuning
 from debackdoor.errors import check_fraction, check_positive
 from debackdoor.models.forward import logits_of
+from debackdoor.models.stateless import call_with
 from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.runtime import autocast, generator, shuffled_batches
 from debackdoor.types import CleanSet, Progress, Step
@@ -79,7 +79,7 @@ class MCR(Tuning):
             t = torch.rand((), generator=places).item()
             with autocast(x.device, self.precision):
                 here = {**buffers, **on_curve(start, middle, end, t)}
-                logits = logits_of(functional_call(model, here, (x,))).float()
+                logits = logits_of(call_with(model, here, x)).float()
             loss = F.cross_entropy(logits, y)
             loss.backward()
             return loss.detach()

@@ -55,8 +55,9 @@ class Evidence:
         shortcuts: what small universal perturbations do.
         squares: what plain squares do.
         pile_up: where answers piled up in every unlearning; None where that tells nothing: with fewer than five
-            classes any label gets many answers, and only batch normalisation holds activations in place while the
-            clean task is forgotten: the answers of a plain VGG gathered on a label that was no backdoor's.
+            classes any label gets many answers; only batch normalisation holds activations in place while the clean
+            task is forgotten (the answers of a plain VGG gathered on a label that was no backdoor's); and a shallow
+            network has one way to forget, whatever it forgets.
     """
 
     margins: Margins

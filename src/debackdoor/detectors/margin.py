@@ -117,7 +117,7 @@ def _climb(model: nn.Module, start: Tensor, labels: Tensor, settings: MarginSett
     best = torch.full((len(x),), -math.inf, device=x.device)
     for _ in range(settings.steps):
         with autocast(x.device, precision):
-            logits = logits_of(model(x)).float()
+            logits = logits_of(model(x.clone())).float()  # the model may work in place
         margin = margins_of(logits, labels)
         # Not maximum, for which a margin that overflows in half precision would outdo all others.
         best = torch.fmax(best, margin.detach())

@@ -47,7 +47,8 @@ def predict(model: Callable[[Tensor], Any], x: Tensor, *, batch_size: int = 500,
     ``model`` is used in the mode it is in, and may be any function that calls one.
     """
     with autocast(x.device, precision):
-        return torch.cat([logits_of(model(batch)).float() for batch in x.split(at_most(batch_size))])
+        # A network that normalises its input in place would change the caller's images.
+        return torch.cat([logits_of(model(batch.clone())).float() for batch in x.split(at_most(batch_size))])
 
 
 @contextmanager

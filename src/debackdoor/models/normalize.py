@@ -34,7 +34,9 @@ class Normalized(nn.Module):
                 f"expected as many numbers in mean as in std, got {len(mean)} and {len(std)}; give one a channel"
             )
         if not all(math.isfinite(value) for value in (*mean, *std)) or min(std) <= 0:
-            raise ModelError(f"expected finite means and stds above 0, got mean {list(mean)} and std {list(std)}")
+            raise ModelError(
+                f"expected finite means and stds above 0, got mean {list(mean)} and std {list(std)}; correct them"
+            )
         self.network = network
         # Not persistent: a saved state dict keeps the keys of the network's own checkpoint.
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
@@ -42,7 +44,10 @@ class Normalized(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         if len(self.mean) not in (1, x.shape[1]):
-            raise ModelError(f"expected images of {len(self.mean)} channels, as mean and std have, got {x.shape[1]}")
+            raise ModelError(
+                f"expected images of {len(self.mean)} channels, as mean and std have, got {x.shape[1]}; "
+                "give one number a channel"
+            )
         return self.network((x - self.mean) / self.std)
 
 

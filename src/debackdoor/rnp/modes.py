@@ -14,9 +14,14 @@ def normalisation_in_train_mode(model: nn.Module) -> None:
             module.train()
 
 
+def norms_that_learn(model: nn.Module) -> int:
+    """How many batch normalisations the model has that have scales and shifts to learn."""
+    return sum(isinstance(module, _BatchNorm) and module.affine for module in model.modules())
+
+
 def normalisation_learns(model: nn.Module) -> bool:
     """Whether the model has batch normalisation, with scales and shifts to learn."""
-    return any(isinstance(module, _BatchNorm) and module.affine for module in model.modules())
+    return norms_that_learn(model) > 0
 
 
 def require_norm_gradients(model: nn.Module) -> None:
