@@ -73,7 +73,8 @@ def _sum_up(count: int, seed: str, records: Sequence[Record]) -> str:
     ]
     cells = [str(count), seed, str(len(bad)), f"{statistics.mean(record['der'] for record in bad):.3f}"]
     cells += [f"{worst['der']:.3f} ({worst['model']})", *(f"{mean * 100:.1f}" for mean in means)]
-    return f"| {' | '.join([*cells, f'{sum(map(_changed, clean))} of {len(clean)}'])} |"
+    touched = f"{sum(map(_changed, clean))} of {len(clean)}" if clean else "-"
+    return f"| {' | '.join([*cells, touched])} |"
 
 
 def _after_tuning(rates: Mapping[str, float]) -> float:
