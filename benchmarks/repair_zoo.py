@@ -163,9 +163,11 @@ def compare(
     folders: Annotated[list[Path], typer.Argument(help="folders of records")],
     into: Annotated[Path | None, typer.Option(help="page whose table between the markers is replaced")] = None,
     marker: Annotated[str, typer.Option(help="the markers' name")] = "compare",
+    defenses: Annotated[list[str] | None, typer.Option("--defense", help="by default all that have records")] = None,
 ) -> None:
     """A Markdown table of all defences side by side, on the models and seeds that all of them were tried on."""
     rows = [json.loads(path.read_text()) for folder in folders for path in sorted(folder.glob("*.json"))]
+    rows = [record for record in rows if record["defense"] in (defenses or [record["defense"]])]
     if into is None:
         typer.echo(compare_defenses(rows))
     else:
