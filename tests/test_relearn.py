@@ -11,7 +11,7 @@ from debackdoor.defenses.lesson import RelearnSettings
 from debackdoor.defenses.relearn import Relearned, relearn
 from debackdoor.detectors.shortcut import find_shortcuts, lead
 from debackdoor.detectors.squares import find_squares
-from debackdoor.detectors.universal import aims_at
+from debackdoor.detectors.universal import UniversalSearch, aims_at
 from debackdoor.errors import DebackdoorError
 from debackdoor.models.forward import accuracy, predict
 from debackdoor.rnp.prune import prune
@@ -134,6 +134,16 @@ def test_triggers_towards_a_label_are_unlearned() -> None:
         leads.append(find_shortcuts(found, data, data, range(CLASSES), precision="fp32").lead("patch", 2))
     assert leads[0] > 0.5
     assert leads[1] < 0.3
+
+
+def test_the_search_gets_ahead_on_the_suspect_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the pruned one, in which the backdoor may be half gone."""
+    searched: list[nn.Module] = []
+    monkeypatch.setattr(UniversalSearch, "run", lambda self, model, *_, **__: searched.append(model) or self)
+    model = quadrants()
+    layers = find_channels(model, FIT.x[:1])
+    relearn(model, layers, PLAN, FIT, HOLDOUT, 1.0, aims_at([1]), settings=RelearnSettings(steps=1, head_start=3))
+    assert searched == [model]
 
 
 def test_relearning_with_triggers_is_seeded() -> None:

@@ -84,7 +84,7 @@ def relearn(
     history: list[dict[str, Any]] = []
     for attempt in range(s.tries):
         tried = replace(s, lr=s.lr / 2**attempt)
-        lesson = Lesson(pruned, layers, plan, fit, aims, stamps, tried, seed, precision)
+        lesson = Lesson(model, pruned, layers, plan, fit, aims, stamps, tried, seed, precision)
         student = lesson.teach(history, progress)
         now = _right(student, holdout, precision)
         if _affordable(right, now, budget):
