@@ -343,6 +343,34 @@ def test_a_record_that_cannot_be_written_takes_no_other_along(shell: Shell, stan
     assert (shell.folder / "out.pt").exists()
 
 
+def test_every_record_that_cannot_be_written_is_named(shell: Shell, stand_in: StandIn) -> None:
+    stand_in.passed = False
+    gone = shell.folder / "gone"
+    gone.mkdir()
+    work = stand_in.__class__.__call__
+
+    def vanish(self: StandIn, *given: Any, **options: Any) -> RepairResult:
+        gone.rmdir()
+        return work(self, *given, **options)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(StandIn, "__call__", vanish)
+        records = ("--json", gone / "record.json", "--html", gone / "page.html")
+        ran = shell(*repair_of(shell, "--out", shell.folder / "out.pt", *records, "--quiet"))
+    assert ran.code == 1
+    assert "record.json" in ran.err
+    assert "page.html" in ran.err
+
+
+def test_weights_in_whole_numbers_are_refused(shell: Shell, stand_in: StandIn) -> None:
+    weight = load_file(shell.checkpoint())["0.weight"]
+    shell.checkpoint(**{"0.weight": (100 * weight).to(torch.int8)})
+    words = ["repair", shell.folder / "model.safetensors", "--arch", shell.arch, "--clean", "digits"]
+    ran = shell(*words, "--out", shell.folder / "out.safetensors")
+    assert (ran.code, stand_in.given) == (2, {})
+    assert "expected floating-point weights, got torch.int8 in '0.weight'; dequantise them first" in ran.err
+
+
 def test_html_shows_the_steps_and_takes_no_ones_place(shell: Shell, stand_in: StandIn) -> None:
     page = shell.folder / "page.html"
     out = shell.folder / "out.safetensors"

@@ -46,6 +46,24 @@ def test_the_other_tables_follow_from_their_records(
     assert f"<!-- {marker} -->\n{table}\n<!-- /{marker} -->" in (ROOT / page).read_text()
 
 
+@pytest.mark.parametrize(
+    ("marker", "folders", "defenses"),
+    [
+        ("compare", ["bench/rnp-published-0.2", "bench/rnp-published-0.7", "bench/ft-0.01", "bench/ft-0.05"], None),
+        ("ablations", ["ablations"], None),
+        ("ablations-pruning", ["ablations"], ["repair", "repair-without-pruning"]),
+    ],
+)
+def test_defences_side_by_side_follow_from_their_records(
+    marker: str, folders: list[str], defenses: list[str] | None, benchmark: ModuleType
+) -> None:
+    places = [RECORDS, *(RECORDS.parent / name for name in folders)]
+    records = [json.loads(path.read_text()) for folder in places for path in sorted(folder.glob("*.json"))]
+    chosen = [record for record in records if defenses is None or record["defense"] in defenses]
+    table = benchmark.compare_defenses(chosen)
+    assert f"<!-- {marker} -->\n{table}\n<!-- /{marker} -->" in (ROOT / "docs" / "results.md").read_text()
+
+
 def test_der_of_every_record_follows_from_its_rates() -> None:
     """(removed success - lost accuracy + 1) / 2, nothing below zero."""
     for path in RECORDS.glob("*.json"):

@@ -36,7 +36,7 @@ FEWEST_NORMS = 8
 """Batch normalisations from which on a pile-up tells anything.
 
 In networks of two to six convolutions without a backdoor the answers often gathered on one label whatever part of the
-images was forgotten: in 9 of 10 that knew digits, and in 2 of 8 that knew CIFAR-10.
+images was forgotten.
 """
 
 AT_FIRST = 32

@@ -114,8 +114,7 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
     Every key has to fit, except that files from before BatchNorm counted its batches may lack that counter.
 
     Raises:
-        CheckpointError: naming the first missing, the first unexpected and the first mis-shaped key, or the first of
-            whole numbers where fractions are expected.
+        CheckpointError: naming the first missing, the first unexpected and the first mis-shaped key.
     """
     expected = {_stripped(name): (name, value) for name, value in model.state_dict().items()}
     given = checkpoint.state_dict
@@ -136,12 +135,6 @@ def load_into(model: nn.Module, checkpoint: Checkpoint, arch: str) -> None:
             f"{checkpoint.path} does not fit {arch}: of its keys {', '.join(problems)}; "
             "give the --arch that it was trained with"
         )
-    for name, value in given.items():
-        if expected[name][1].is_floating_point() and not value.is_floating_point():
-            raise CheckpointError(
-                f"{checkpoint.path}: expected floating-point weights, got {value.dtype} in {name!r}; dequantise them "
-                "first"
-            )
     model.load_state_dict({expected[name][0]: value for name, value in given.items()}, strict=False)
 
 

@@ -105,13 +105,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def each_of(steps: Iterable[Callable[[], object]]) -> None:
-    """Takes every step, also after one that failed, and then raises the first error."""
+    """Takes every step, also after one that failed; says all errors but the first, which it raises then."""
     errors = []
     for step in steps:
         try:
             step()
         except Exception as error:
             errors.append(error)
+    for later in errors[1:]:
+        complain(str(later))
     if errors:
         raise errors[0]
 

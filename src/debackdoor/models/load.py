@@ -59,6 +59,7 @@ def open_model(
     network = resolve_arch(arch, checkpoint.state_dict)(classes).float()
     checkpoint = with_names_of(network, checkpoint)
     load_into(network, checkpoint, arch)
+    _check_floats(network, checkpoint)
     return LoadedModel(_normalised(network, mean, std).eval(), checkpoint, arch, classes)
 
 
@@ -98,6 +99,17 @@ def build_model(
 def state_dict_of(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the network inside, with the keys its checkpoint has, without normalisation."""
     return unwrap(model).state_dict()
+
+
+def _check_floats(network: nn.Module, checkpoint: Checkpoint) -> None:
+    """Written back in whole numbers, a repaired network would not be the one that was checked."""
+    for name, value in network.state_dict().items():
+        stored = checkpoint.state_dict.get(name, value)
+        if value.is_floating_point() and not stored.is_floating_point():
+            raise CheckpointError(
+                f"{checkpoint.path}: expected floating-point weights, got {stored.dtype} in {name!r}; dequantise them "
+                "first"
+            )
 
 
 def _class_count(checkpoint: Checkpoint, given: int | None) -> int:
