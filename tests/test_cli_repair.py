@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -322,41 +323,38 @@ def test_an_image_is_not_replaced_by_a_record_but_a_record_beside_it_is(shell: S
     assert "expected a file of its own to write" not in shell(*words, "--json", folder / "old.json").err
 
 
-@pytest.mark.parametrize("passed", [True, False])
-def test_a_record_that_cannot_be_written_takes_no_other_along(shell: Shell, stand_in: StandIn, passed: bool) -> None:
-    stand_in.passed = passed
-    (shell.folder / "gone").mkdir()
-    record, page = shell.folder / "gone" / "record.json", shell.folder / "page.html"
-    work = stand_in.__class__.__call__
+@pytest.fixture
+def gone(shell: Shell, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that vanishes during the work."""
+    folder, work = shell.folder / "gone", StandIn.__call__
+    folder.mkdir()
 
-    def gone(self: StandIn, *given: Any, **options: Any) -> RepairResult:
-        (shell.folder / "gone").rmdir()
+    def vanish(self: StandIn, *given: Any, **options: Any) -> RepairResult:
+        folder.rmdir()
         return work(self, *given, **options)
 
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(StandIn, "__call__", gone)
-        ran = shell(*repair_of(shell, "--out", shell.folder / "out.pt", "--json", record, "--html", page, "--quiet"))
+    monkeypatch.setattr(StandIn, "__call__", vanish)
+    return folder
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_record_that_cannot_be_written_takes_no_other_along(
+    shell: Shell, stand_in: StandIn, gone: Path, passed: bool
+) -> None:
+    stand_in.passed = passed
+    record, page, out = gone / "record.json", shell.folder / "page.html", shell.folder / "out.pt"
+    ran = shell(*repair_of(shell, "--out", out, "--json", record, "--html", page, "--quiet"))
     assert ran.code == (2 if passed else 1)
     assert f"{record} was not written: No such file or directory; check the folder" in ran.err
     assert ("the finding stands" in ran.err) is not passed
     assert page.exists()
-    assert (shell.folder / "out.pt").exists()
+    assert out.exists()
 
 
-def test_every_record_that_cannot_be_written_is_named(shell: Shell, stand_in: StandIn) -> None:
+def test_every_record_that_cannot_be_written_is_named(shell: Shell, stand_in: StandIn, gone: Path) -> None:
     stand_in.passed = False
-    gone = shell.folder / "gone"
-    gone.mkdir()
-    work = stand_in.__class__.__call__
-
-    def vanish(self: StandIn, *given: Any, **options: Any) -> RepairResult:
-        gone.rmdir()
-        return work(self, *given, **options)
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(StandIn, "__call__", vanish)
-        records = ("--json", gone / "record.json", "--html", gone / "page.html")
-        ran = shell(*repair_of(shell, "--out", shell.folder / "out.pt", *records, "--quiet"))
+    records = ("--json", gone / "record.json", "--html", gone / "page.html")
+    ran = shell(*repair_of(shell, "--out", shell.folder / "out.pt", *records, "--quiet"))
     assert ran.code == 1
     assert "record.json" in ran.err
     assert "page.html" in ran.err
