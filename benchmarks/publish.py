@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import typer
 
+from debackdoor.bench.measure import commit as commit_now
 from debackdoor.files import atomic_write_text
 
+_COMMIT = commit_now()  # when the code is loaded: what is committed while it runs is not what is measured
 
-def commit() -> str:
-    """The commit that is measured."""
-    command = ["git", "rev-parse", "HEAD"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
+
+def commit() -> str | None:
+    """The commit that is measured, marked where files were changed since; None outside the repository."""
+    return _COMMIT
 
 
 def replace_between(page: Path, marker: str, text: str) -> None:

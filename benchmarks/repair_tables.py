@@ -65,6 +65,9 @@ def by_images(records: Sequence[Record]) -> str:
 def _sum_up(count: int, seed: str, records: Sequence[Record]) -> str:
     bad = [record for record in records if record["der"] is not None]
     clean = [record for record in records if record["der"] is None]
+    touched = f"{sum(map(_changed, clean))} of {len(clean)}" if clean else "-"
+    if not bad:
+        return f"| {' | '.join([str(count), seed, '0', *5 * '-', touched])} |"
     worst = min(bad, key=lambda record: record["der"])
     rates = [record["attack_success_rate"] for record in bad]
     means = [
@@ -73,7 +76,6 @@ def _sum_up(count: int, seed: str, records: Sequence[Record]) -> str:
     ]
     cells = [str(count), seed, str(len(bad)), f"{statistics.mean(record['der'] for record in bad):.3f}"]
     cells += [f"{worst['der']:.3f} ({worst['model']})", *(f"{mean * 100:.1f}" for mean in means)]
-    touched = f"{sum(map(_changed, clean))} of {len(clean)}" if clean else "-"
     return f"| {' | '.join([*cells, touched])} |"
 
 

@@ -186,7 +186,9 @@ def _scan_many(executor: str, workers: int, model: Path, arch: str, copies: int)
         command = ["debackdoor", "scan-many", str(manifest), "--out", str(Path(folder) / "out")]
         command += ["--executor", executor, "--workers", str(workers), "--quiet"]
         started = time.perf_counter()
-        subprocess.run(command, check=False)
+        status = subprocess.run(command, check=False).returncode
+        if status not in (0, 1):
+            raise typer.BadParameter(f"expected a scan of {model}, got exit code {status}; check --model and --arch")
         return time.perf_counter() - started
 
 

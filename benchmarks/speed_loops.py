@@ -64,7 +64,7 @@ def our_loops(model: nn.Module, images: CleanSet, batch: int) -> dict[str, Loop]
     each = -(-len(images) // batch)
 
     def unlearning(passes: int) -> object:
-        # Checked at the end alone, and at a step size that changes nothing: what is timed is learning.
+        # Checked at the start and the end alone, and at a step size that changes nothing: what is timed is learning.
         settings = UnlearnSettings(
             lr=1e-9, stop_accuracy=0.0, past_peak=None, check_every=passes * each, largest_fall=1.0, max_passes=passes,
             least_steps=1, batch_size=batch,
@@ -99,12 +99,13 @@ def published_loops(model: nn.Module, images: CleanSet, batch: int) -> dict[str,
 def passes_for(loop: Loop) -> int:
     """How many passes take about long enough; the first, which is slower, is for warming up."""
     loop.run(1)
-    return max(1, round(LONG_ENOUGH / _seconds(loop, 1)))
+    return max(1, round(LONG_ENOUGH * rate(loop, 1, 1)))
 
 
 def rate(loop: Loop, images: int, passes: int) -> float:
-    """Images a second."""
-    return images * passes / _seconds(loop, passes)
+    """Images a second, without what a loop does once, whatever the number of passes: copies and checks."""
+    once = _seconds(loop, 1)
+    return images * passes / (_seconds(loop, 1 + passes) - once)
 
 
 def _seconds(loop: Loop, passes: int) -> float:
@@ -114,6 +115,9 @@ def _seconds(loop: Loop, passes: int) -> float:
 
 
 def _flops(run: Callable[[int], object], images: CleanSet) -> float:
-    with FlopCounterMode(display=False) as counter:
-        run(1)
-    return counter.get_total_flops() / len(images)
+    counts = []
+    for passes in (1, 2):
+        with FlopCounterMode(display=False) as counter:
+            run(passes)
+        counts.append(counter.get_total_flops())
+    return (counts[1] - counts[0]) / len(images)

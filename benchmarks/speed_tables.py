@@ -63,10 +63,14 @@ def _whole_row(record: Record) -> str:
     ours, theirs = ([row[kind] for row in record["whole"]] for kind in ("ours", "published"))
     seconds = [found["seconds"] for found in ours]
     cells = [record["name"], f"{_median(seconds):.0f}"]
+    # A run that gave up, since its unlearning ended too early, says nothing of what the whole procedure takes.
+    whole = [(here, found) for here, found in zip(seconds, theirs, strict=True) if not found["error"]]
     for name in ("seconds", "seconds_without_tests"):
-        other = [found[name] for found in theirs]
-        ratios = [there / here for there, here in zip(other, seconds, strict=True)]
-        cells += [f"{_median(other):.0f}", f"{_median(ratios):.1f}"]
+        if not whole:
+            cells += ["gave up", "-"]
+            continue
+        ratios = [found[name] / here for here, found in whole]
+        cells += [f"{_median([found[name] for _, found in whole]):.0f}", f"{_median(ratios):.1f}"]
     cells += [str(max(found["peak_memory_mib"] for found in kind)) for kind in (ours, theirs)]
     cells.append(f"{_median([found['scan']['seconds'] for found in ours]):.0f}")
     rates = [found["before"] for found in theirs], [found["after"] for found in ours]

@@ -112,6 +112,27 @@ def test_bad_input(shell: Shell, small_zoo: Zoo, arguments: tuple[str, ...], cod
     assert not (shell.folder / "out").exists()
 
 
+def test_a_table_takes_the_place_of_no_record_and_of_no_other_form(shell: Shell) -> None:
+    folder = shell.folder / "records"
+    folder.mkdir()
+    path = folder / "a.json"
+    path.write_text(json.dumps(record("badnets", "ours", 0.9)))
+    for outputs in (("--csv", path), ("--csv", shell.folder / "t", "--html", shell.folder / "t"), ("--html", "-")):
+        ran = shell("bench", "table", folder, *outputs)
+        assert (ran.code, ran.err.count("\n")) == (2, 1), ran
+    assert json.loads(path.read_text())["model"] == "badnets"
+    assert shell.files() == {folder, path, shell.folder / "net.py"}
+
+
+@pytest.mark.parametrize(("more", "workers"), [((), None), (("--workers", 3), 3)])
+def test_a_cluster_gets_what_it_has_room_for(
+    shell: Shell, small_zoo: Zoo, here: list[Any], more: tuple[object, ...], workers: int | None
+) -> None:
+    zoo, ray = small_zoo[0] / "tiny", ("--executor", "ray", "--address", "head:6379")
+    shell("bench", "run", "--out", shell.folder / "out", "--zoo", zoo, "--model", "patch", "--seed", 0, *ray, *more)
+    assert here[0]["workers"] == workers
+
+
 def test_without_ray_one_sentence_says_so(shell: Shell, small_zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     out, zoo = shell.folder / "out", small_zoo[0] / "tiny"

@@ -109,6 +109,47 @@ def test_failed_cells_are_recorded_and_tried_again_on_request(zoo: Path, tmp_pat
 
 
 @pytest.mark.usefixtures("here")
+def test_cells_without_the_rates_after_fine_tuning_are_measured_again(zoo: Path, tmp_path: Path) -> None:
+    """Not those of models that were left alone, which are never fine-tuned."""
+
+    def work(settings: Settings, cell: Cell) -> dict[str, Any]:
+        made = fake(tmp_path, settings, cell) | {"changed": cell.seed != 1}
+        tuned = {"fine_tuned": 0.8} if settings.fine_tune and made["changed"] else {}
+        return made | {"clean_accuracy": {**made["clean_accuracy"], **tuned}}
+
+    cells = matrix(zoo, seeds=[0, 1])
+    for fine_tune, kept in ((False, False), (False, True), (True, False), (True, True), (False, True)):
+        done = list(run(cells, tmp_path / "out", fine_tune=fine_tune, measure=work))
+        assert told(done)[0] == (kept, False)
+    assert told(done)[1] == (True, False)
+
+
+def test_an_error_takes_no_record_away(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two benches may work on one folder, and the second run out of memory; or a process is lost after it wrote."""
+    cells, done = matrix(zoo, seeds=[0]), tmp_path / "done"
+
+    def lost(work: Callable[[Cell], None], items: Sequence[Cell], **_: Any) -> Iterator[Outcome[Cell]]:
+        for item in items:
+            if done.exists():
+                work(item)
+            yield Outcome(item, "the worker process was lost")
+
+    monkeypatch.setattr(bench_run, "execute", lost)
+    assert told(list(run(cells, tmp_path / "first", measure=partial(fake, tmp_path)))) == {0: (False, True)}
+    done.touch()
+    assert told(list(run(cells, tmp_path / "second", measure=partial(fake, tmp_path)))) == {0: (False, False)}
+
+
+def test_a_cluster_may_have_the_device_that_this_machine_has_not(zoo: Path, tmp_path: Path) -> None:
+    work = partial(fake, tmp_path)
+    with pytest.raises(DebackdoorError, match="expected a CUDA device"):
+        run(matrix(zoo), tmp_path / "out", device="cuda", measure=work)
+    pytest.importorskip("ray", reason="the library ray is not installed")
+    run(matrix(zoo), tmp_path / "out", device="cuda", executor="ray", address="127.0.0.1:1", measure=work).close()
+    assert failed(Settings(zoo, "cuda"), Cell("patch", "ft-0.01", 0, 60), "lost")["device"] is None
+
+
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

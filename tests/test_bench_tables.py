@@ -87,16 +87,33 @@ def test_what_cannot_be_compared(records: list[dict[str, Any]], defenses: list[s
 def test_markdown() -> None:
     heading, rule, ours, other, _, note = to_markdown(compare(RECORDS)).splitlines()
     assert heading.startswith(
-        "| defence | blind | cells | DER mean | spread | worst | on | CA lost | ASR | RA | seconds |"
+        "| defence | blind | cells | DER mean | spread | worst | on | CA lost | ASR | ASR, tuned | RA | seconds |"
     )
-    assert rule == "|" + 14 * "---|"
-    assert ours == "| ours | yes | 2 | 0.940 | 0.040 | 0.900 | blend | 1.0 | 11.0 | 80.0 | 200.0 | 1000 | 0.0 | 0 |"
-    assert other == "| other | no | 2 | 0.725 | 0.225 | 0.500 | badnets | 2.0 | 55.0 | 80.0 | 10.0 | 1000 | 3.0 | 1 |"
+    assert rule == "|" + 15 * "---|"
+    assert ours == "| ours | yes | 2 | 0.940 | 0.040 | 0.900 | blend | 1.0 | 11.0 | - | 80.0 | 200.0 | 1000 | 0.0 | 0 |"
+    assert (
+        other == "| other | no | 2 | 0.725 | 0.225 | 0.500 | badnets | 2.0 | 55.0 | - | 80.0 | 10.0 | 1000 | 3.0 | 1 |"
+    )
     assert note == (
         "2 defences on 2 cells each: 2 backdoored models, 1 seed, 500 clean images. 2 cells left out, since not all of "
         "the defences have them. 1 cell failed and left out. Not blind: how far the method goes was published with it, "
         "not chosen on the clean images."
     )
+
+
+def test_the_asr_after_fine_tuning_is_shown_where_all_have_it() -> None:
+    """A model that was left alone is not fine-tuned either."""
+
+    def tuned(found: dict[str, Any], rate: float) -> dict[str, Any]:
+        return found | {"attack_success_rate": found["attack_success_rate"] | {"fine_tuned": rate}}
+
+    first = tuned(record("badnets", "ours", 0.98, success=0.02), 0.1)
+    alone = record("blend", "ours", 0.5, success=1.0) | {"changed": False}
+    lacking = record("wanet", "ours", 0.9)
+    assert compare([first, alone]).rows[0].attack_success_rate_tuned == pytest.approx(0.55)
+    assert "| 51.0 | 55.0 |" in to_markdown(compare([first, alone]))
+    for records in ([first, lacking], [alone]):
+        assert compare(records).rows[0].attack_success_rate_tuned is None
 
 
 def test_csv_has_all_digits() -> None:

@@ -203,6 +203,72 @@ def test_no_finding_is_hidden_by_a_reader_that_left(shell: Shell) -> None:
     assert (ran.returncode, ran.stderr) == (1, "debackdoor: the finding stands\n")
 
 
+IN_A_PROCESS = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); import importlib, report_cases; from debackdoor.cli import main; "
+    "from dataclasses import replace; found = report_cases.report('backdoored'); "
+    "found = replace(found, suspects=(replace(found.suspects[0], name='\u732b'),)); "
+    "importlib.import_module('debackdoor.scan').scan = lambda *_, **__: found; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def test_a_terminal_of_few_letters_hides_no_finding(shell: Shell) -> None:
+    arguments = [str(argument) for argument in scan_of(shell, "--json", shell.folder / "out.json")]
+    ran = subprocess.run(
+        [sys.executable, "-c", IN_A_PROCESS, str(Path(__file__).parent), *arguments],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1:strict"},
+        capture_output=True,
+        check=False,
+    )
+    assert (ran.returncode, b"Traceback" in ran.stderr) == (1, False)
+    assert b"(\\u732b)" in ran.stdout
+    assert valid((shell.folder / "out.json").read_text())["suspect_labels"][0]["name"] == "\u732b"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_words_that_cannot_be_written_hide_no_finding(shell: Shell) -> None:
+    arguments = [str(argument) for argument in scan_of(shell, "--json", shell.folder / "out.json")]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-c", IN_A_PROCESS, str(Path(__file__).parent), *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (ran.returncode, "Traceback" in ran.stderr) == (1, False), ran.stderr
+    assert valid((shell.folder / "out.json").read_text())["verdict"] == "backdoored"
+
+
+def test_a_form_that_cannot_be_written_takes_no_other_along(
+    shell: Shell, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(importlib.import_module("debackdoor.cli.scan"), "write_text", fail)
+    ran = shell(*scan_of(shell, "--sarif", shell.folder / "a.sarif", "--html", shell.folder / "a.html"))
+    assert (ran.code, (shell.folder / "a.html").exists()) == (2, True)
+
+
+@pytest.mark.parametrize("form", ["--html", "--sarif"])
+def test_standard_output_is_for_json_alone(shell: Shell, stand_in: StandIn, form: str) -> None:
+    ran = shell(*scan_of(shell, form, "-"))
+    assert (ran.code, stand_in.given) == (2, {})
+    assert "expected a file for a second output, got '-'" in ran.err
+
+
+def test_code_that_ends_the_program_is_no_verdict(shell: Shell, stand_in: StandIn) -> None:
+    """Neither that of the network, nor any other."""
+    arguments = scan_of(shell)
+    (shell.folder / "other.py").write_text("import sys\n\n\ndef make():\n    sys.exit(0)\n")
+    arguments[3] = f"{shell.folder / 'other.py'}:make"
+    ran = shell(*arguments)
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "failed to build a network: SystemExit: 0; correct the factory" in ran.err
+    stand_in.error = SystemExit(0)
+    assert shell(*scan_of(shell)).code == 2
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [

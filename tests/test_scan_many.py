@@ -226,6 +226,30 @@ def test_a_lost_worker_is_an_error(registry: Registry, stand_in: StandIn, monkey
     assert registry.files() == {"errors/early.json", "records/late.json"}
 
 
+def test_an_error_of_one_run_takes_the_record_of_no_other(
+    registry: Registry, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs share a folder, and the second is out of memory on a model that the first has scanned meanwhile."""
+    entries = registry.entries([registry.model("a", "backdoored")])
+
+    def overtaken(work: Any, items: Sequence[Entry], **_: object) -> Any:
+        for entry in items:
+            with monkeypatch.context() as first:
+                first.setattr(MODULE, "scan", stand_in)
+                work(entry)
+            work(entry)
+            yield Outcome(entry, None)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(MODULE, "execute", overtaken)
+    monkeypatch.setattr(MODULE, "scan", fail)
+    (result,) = run(registry, entries).values()
+    assert (result.verdict, result.error) == ("backdoored", None)
+    assert registry.files() == {"records/a.json"}
+
+
 def test_a_full_disk_hides_no_finding(registry: Registry, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -24,7 +24,7 @@ def execute(
     items: Sequence[T],
     *,
     executor: Executor = "local",
-    workers: int = 1,
+    workers: int | None = 1,
     threads: int = 1,
     address: str | None = None,
     gpus: float = 0,
@@ -36,7 +36,7 @@ def execute(
         work: a function of a module, or a ``functools.partial`` of one, that writes its own result in one step.
         items: what it is called with, one at a time; must pickle.
         executor: ``local`` or ``ray``.
-        workers: as many items are worked on at once.
+        workers: as many items are worked on at once; None leaves that to Ray, and is one for ``local``.
         threads: of each of them.
         address: of a Ray cluster; None starts one on this machine.
         gpus: that Ray sets aside for each item; without effect for ``local``.
@@ -47,5 +47,5 @@ def execute(
         MissingDependencyError: if Ray is wanted and does not import.
     """
     if executor == "local":
-        return run_local(work, items, workers=workers, threads=threads, retries=retries)
+        return run_local(work, items, workers=workers or 1, threads=threads, retries=retries)
     return run_ray(work, items, address=address, workers=workers, cpus=threads, gpus=gpus, retries=retries)

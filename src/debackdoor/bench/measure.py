@@ -93,7 +93,7 @@ def failed(settings: Settings, cell: Cell, error: str) -> dict[str, Any]:
         **dict.fromkeys(numbers),
         "steps": [],
         "verification": None,
-        **_made_by(resolve_device(settings.device)),
+        **_made_by(None),
         "error": error,
     }
 
@@ -158,9 +158,13 @@ def _said(result: RepairResult) -> dict[str, Any]:
     }
 
 
-def _made_by(device: torch.device) -> dict[str, Any]:
+def _made_by(device: torch.device | None) -> dict[str, Any]:
+    """What measured; None where that was a process that is lost, perhaps on another machine."""
+    made = {"versions": versions(), "commit": commit()}
+    if device is None:
+        return {"device": None, "threads": None, **made}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "threads": torch.get_num_threads(), "versions": versions(), "commit": commit()}
+    return {"device": name, "threads": torch.get_num_threads(), **made}
 
 
 @lru_cache(maxsize=1)

@@ -22,6 +22,10 @@ _DARK = ("80381b", "2a2f36", "135587")
 """The lowest shade, the one in the middle, and the highest; told apart by those who cannot tell red from green, too."""
 
 
+_FAILED, _NOT_TRIED = -2.0, -3.0
+"""What such cells are sorted by: below the loss of all accuracy."""
+
+
 @dataclass(frozen=True)
 class _Square:
     """One model and one defence: means over what there is.
@@ -50,7 +54,7 @@ class _Line:
     squares: Sequence[_Square]
 
 
-_EMPTY = _Square("-", ("not tried",), -1.0, None)
+_EMPTY = _Square("-", ("not tried",), _NOT_TRIED, None)
 
 
 def to_html(comparison: Comparison) -> str:
@@ -93,7 +97,7 @@ def _lines(comparison: Comparison, defenses: Sequence[str], clean: bool) -> list
 def _square(records: Sequence[Record], shared: frozenset[Any], clean: bool) -> _Square:
     good = [record for record in records if record["error"] is None]
     if not good:
-        return _Square("failed", (records[0]["error"],), -0.5, None, partial=True) if records else _EMPTY
+        return _Square("failed", (records[0]["error"],), _FAILED, None, partial=True) if records else _EMPTY
     partial = len(good) < len(records) or any(place_of(record) not in shared for record in good)
     lost = statistics.fmean(map(accuracy_lost, good))
     if clean:

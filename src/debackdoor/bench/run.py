@@ -49,7 +49,7 @@ def run(
     device: str = "auto",
     fine_tune: bool = False,
     executor: Executor = "local",
-    workers: int = 1,
+    workers: int | None = 1,
     threads: int = 1,
     address: str | None = None,
     gpus: float = 0,
@@ -61,7 +61,7 @@ def run(
         matrix: what to measure.
         out: the folder for the records, made where it is missing.
         retry_failed: whether cells whose record is an error are measured again.
-        device, fine_tune: see ``Settings``.
+        device, fine_tune: see ``Settings``; cells whose record lacks what is to be fine-tuned are measured again.
         executor, workers, threads, address, gpus: see ``execute``.
         measure: takes the settings and a cell to its record.
 
@@ -69,12 +69,13 @@ def run(
         DebackdoorError: before any work, if a name is unknown, or a record in ``out`` is damaged, or that of another
             model or other parameters.
     """
-    resolve_device(device)
+    if executor == "local":  # the machines of a cluster may have what this one has not
+        resolve_device(device)
     settings = Settings(matrix.zoo.absolute(), device, fine_tune)
     out = Path(out).absolute()
     cells, hashes = matrix.cells(), {card.name: card.sha256 for card in matrix.cards()}
     found = {cell: record for cell in cells if (record := _found(out, cell, hashes[cell.model])) is not None}
-    kept = {cell: record for cell, record in found.items() if not (retry_failed and record["error"] is not None)}
+    kept = {cell: record for cell, record in found.items() if not _wanting(record, retry_failed, fine_tune)}
     missing = [cell for cell in cells if cell not in kept]
     outcomes = execute(
         partial(_work, measure, settings, out),
@@ -97,9 +98,15 @@ def _all(
         yield Finished(cell, record, number, total, kept=True)
     with closing(outcomes):
         for number, outcome in enumerate(outcomes, len(kept) + 1):
-            if outcome.error is not None:
-                _write(out / outcome.item.file, failed(settings, outcome.item, outcome.error))
-            yield Finished(outcome.item, read_record(out / outcome.item.file), number, total, kept=False)
+            path = out / outcome.item.file
+            if outcome.error is not None and not _measured(path):
+                _write(path, failed(settings, outcome.item, outcome.error))
+            yield Finished(outcome.item, read_record(path), number, total, kept=False)
+
+
+def _measured(path: Path) -> bool:
+    """Whether there is a record of success, by another run, or by a process that was lost after writing it."""
+    return path.exists() and read_record(path)["error"] is None
 
 
 def _work(measure: Measure, settings: Settings, out: Path, cell: Cell) -> None:
@@ -128,6 +135,13 @@ def _found(out: Path, cell: Cell, sha256: str) -> Record | None:
                 "give another folder"
             )
     return record
+
+
+def _wanting(record: Record, retry_failed: bool, fine_tune: bool) -> bool:
+    """Whether a cell is measured again: its record is an error, or lacks the rates after fine-tuning."""
+    if record["error"] is not None:
+        return retry_failed
+    return fine_tune and record["changed"] and "fine_tuned" not in record["clean_accuracy"]
 
 
 def failures(finished: Sequence[Finished]) -> list[Finished]:

@@ -34,7 +34,7 @@ def scan_many(
     *,
     retry_failed: bool = False,
     executor: Executor = "local",
-    workers: int = 1,
+    workers: int | None = 1,
     threads: int = 1,
     address: str | None = None,
     gpus: float = 0,
@@ -93,6 +93,8 @@ def scan_one(entry: Entry, store: Store) -> None:
         record = _scan(entry, store.settings)
     except (Exception, SystemExit) as error:  # a file may be anything, and the user's own code may raise anything
         what = in_one_line(error)
+        if store.find(entry, errors=False) is not None:
+            return  # another run, with more memory perhaps, has scanned it meanwhile
         with _told(what):
             store.write_error(entry, store.error_record(entry, what, time.perf_counter() - began))
         return

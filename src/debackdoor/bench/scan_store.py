@@ -157,8 +157,8 @@ class Store:
         }
 
     def latest(self, entry: Entry) -> Result | None:
-        """The result that was written last, in this run."""
-        for kind in (ERRORS, RECORDS):
+        """The result that was written in this run; that of a scan, where another run met an error."""
+        for kind in (RECORDS, ERRORS):
             record = _read(self._file(kind, entry))
             if record is not None and record.get("options") == self.settings.options(entry):
                 return result_of(entry, record)

@@ -29,6 +29,7 @@ class Row:
         worst_model: whose the lowest is.
         accuracy_lost: clean accuracy before less that after.
         attack_success_rate: after the defence.
+        attack_success_rate_tuned: after the fine-tuning that followed it; None where that was not measured.
         robust_accuracy: after the defence.
         seconds: of a repair.
         peak_memory_mib: the highest of all.
@@ -45,6 +46,7 @@ class Row:
     worst_model: str
     accuracy_lost: float
     attack_success_rate: float
+    attack_success_rate_tuned: float | None
     robust_accuracy: float
     seconds: float
     peak_memory_mib: int
@@ -157,12 +159,22 @@ def _row(name: str, found: Sequence[Record], shared: frozenset[Place], shared_cl
         worst_model=worst["model"],
         accuracy_lost=statistics.fmean(map(accuracy_lost, used)),
         attack_success_rate=statistics.fmean(record["attack_success_rate"]["after"] for record in used),
+        attack_success_rate_tuned=_tuned(used),
         robust_accuracy=statistics.fmean(record["robust_accuracy"]["after"] for record in used),
         seconds=statistics.fmean(record["seconds"] for record in used),
         peak_memory_mib=max(record["peak_memory_mib"] for record in used),
         accuracy_lost_clean=statistics.fmean(map(accuracy_lost, clean)) if clean else None,
         failed=sum(record["error"] is not None for record in found),
     )
+
+
+def _tuned(records: Sequence[Record]) -> float | None:
+    """The mean ASR after fine-tuning; models that a defence left alone are not tuned, and stay as they are."""
+    rates = [record["attack_success_rate"] for record in records]
+    lacking = any(record.get("changed") and "fine_tuned" not in record["attack_success_rate"] for record in records)
+    if lacking or not any("fine_tuned" in rate for rate in rates):
+        return None
+    return statistics.fmean(rate.get("fine_tuned", rate["after"]) for rate in rates)
 
 
 def accuracy_lost(record: Record) -> float:
@@ -180,6 +192,7 @@ _HEADINGS = (
     "on",
     "CA lost",
     "ASR",
+    "ASR, tuned",
     "RA",
     "seconds",
     "peak MiB",
@@ -205,6 +218,7 @@ def in_words(row: Row) -> dict[str, str]:
         row.worst_model,
         points(row.accuracy_lost),
         points(row.attack_success_rate),
+        "-" if row.attack_success_rate_tuned is None else points(row.attack_success_rate_tuned),
         points(row.robust_accuracy),
         f"{row.seconds:.1f}",
         str(row.peak_memory_mib),

@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Not app(): that would turn some errors into exit codes of its own, among them 1.
         with command.make_context("debackdoor", list(given), obj=("debackdoor", *given)) as context:
             return command.invoke(context) or 0
-    except (Exception, KeyboardInterrupt) as error:
+    # A user's own code may try to end the program: its exit code would be taken for a verdict.
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
         return status_of(error, debug="--debug" in given)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_file, check_folder
+from debackdoor.cli.output import Output, check_folder, check_more
 from debackdoor.cli.status import OK
 from debackdoor.files import atomic_write_text
 
@@ -62,7 +62,12 @@ def run(
     executor: Annotated[
         options.Executor, typer.Option(help="Processes of this machine, or Ray tasks.")
     ] = options.Executor.LOCAL,
-    workers: Annotated[int, typer.Option(min=1, help="As many cells are measured at once.")] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="As many cells are measured at once; by default one, on a cluster all it has room for."
+        ),
+    ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each; for Ray its processors.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs that Ray sets aside for each.")] = 0,
     address: Annotated[
@@ -108,7 +113,7 @@ def run(
             device=device.value,
             fine_tune=fine_tune,
             executor=executor.value,
-            workers=workers,
+            workers=workers if address is not None else workers or 1,
             threads=threads,
             address=address,
             gpus=gpus,
@@ -149,9 +154,7 @@ def table(
     all of them have.
     """
     output = Output(quiet)
-    for path in (markdown, csv, html):
-        if path is not None:
-            check_file(path, [], overwrite=True)
+    check_more([record for folder in folders for record in folder.rglob("*.json")], markdown, csv, html)
 
     from debackdoor.bench.records import read_records
     from debackdoor.bench.tables import compare, to_csv, to_markdown

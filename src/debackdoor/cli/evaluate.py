@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output
+from debackdoor.cli.output import Output, paths_among
 from debackdoor.errors import TriggerError
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def evaluate(
 ) -> None:
     """Measure a model with and without a trigger."""
     output = Output(quiet, json_to)
-    output.check_json([checkpoint])
+    output.check_json([checkpoint, *paths_among(test, arch), trigger, *trigger.glob("*")])
 
     from debackdoor.attacks import load_trigger
     from debackdoor.data import check_labels, load_dataset

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import typer
 
 from debackdoor.cli.progress import Stages
-from debackdoor.cli.status import BACKDOORED, complain, discard_stdout, status_of
+from debackdoor.cli.status import BACKDOORED, complain, discard, status_of
 from debackdoor.errors import DebackdoorError
 from debackdoor.files import atomic_write_text
 
@@ -36,17 +38,15 @@ class Output:
         self._json_to = json_to
 
     def say(self, text: str, style: str = "") -> None:
-        """Prints a line, on a terminal in a style of rich's; goes on when nobody reads, as after ``| head``."""
+        """Prints a line, on a terminal in a style of rich's."""
         if style:
             from rich.text import Text
 
             self.show(Text(text, style))
             return
-        try:
-            if not self._quiet:
-                typer.echo(text, err=self._json_to == _STDOUT)
-        except BrokenPipeError:
-            discard_stdout()
+        if not self._quiet:
+            with self._words() as stream:
+                typer.echo(text, file=stream)
 
     def show(self, what: RenderableType) -> None:
         """Prints anything that rich can: colours on a terminal, plain text elsewhere."""
@@ -54,13 +54,26 @@ class Output:
             return
         from rich.console import Console
 
-        console = Console(stderr=self._json_to == _STDOUT, highlight=False)
-        if not console.is_terminal:
-            console = Console(stderr=console.stderr, highlight=False, width=max(console.width, 160))
-        try:
+        with self._words() as stream:
+            console = Console(file=stream, highlight=False)
+            if not console.is_terminal:
+                console = Console(file=stream, highlight=False, width=max(console.width, 160))
             console.print(what)
-        except BrokenPipeError:
-            discard_stdout()
+
+    @contextmanager
+    def _words(self) -> Iterator[IO[str]]:
+        """The stream that words go to.
+
+        They may be lost, since nobody reads them (as after ``| head``) or the disk is full: the work goes on. What the
+        terminal has no sign for becomes an escape.
+        """
+        stream = sys.stderr if self._json_to == _STDOUT else sys.stdout
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+        try:
+            yield stream
+        except OSError:
+            discard(stream)
 
     def stages(self) -> Stages:
         """A progress callback for the whole command."""
@@ -156,6 +169,20 @@ def check_file(path: Path, inputs: Iterable[Path], overwrite: bool, protect: boo
         raise DebackdoorError(f"{path} exists; give another file, or --overwrite to replace it")
     # A link is written through, so it is the folder of its target that counts.
     check_folder(Path(os.path.realpath(path)).parent)
+
+
+def check_more(taken: list[Path], *outputs: Path | None) -> None:
+    """Checks the files of further outputs, those that are wanted, and adds each to the paths that are taken.
+
+    Raises:
+        DebackdoorError: if one is not a file of its own that can be written.
+    """
+    for path in outputs:
+        if path == Path(_STDOUT):
+            raise DebackdoorError("expected a file for a second output, got '-', standard output; give a file name")
+        if path is not None:
+            check_file(path, taken, overwrite=True, protect=True)
+            taken.append(path)
 
 
 def check_new_folder(folder: Path) -> None:

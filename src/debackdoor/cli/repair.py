@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_file, each_of, finding_stands, paths_among, write_text
+from debackdoor.cli.output import Output, check_file, check_more, each_of, finding_stands, paths_among, write_text
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
 from debackdoor.cli.words import numbers_in_words
-from debackdoor.errors import DebackdoorError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -58,12 +57,7 @@ def repair(
     check_file(out, [checkpoint], overwrite)
     check_file(out, read, overwrite, protect=True)
     taken = [checkpoint, out, *read]
-    for path in (html, scan_json):
-        if path == Path("-"):
-            raise DebackdoorError("expected a file for a second output, got '-', standard output; give a file name")
-        if path is not None:
-            check_file(path, taken, overwrite=True, protect=True)
-            taken.append(path)
+    check_more(taken, html, scan_json)
     output.check_json(taken)
 
     from debackdoor.both import scan_and_repair

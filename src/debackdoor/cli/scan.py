@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_file, each_of, finding_stands, paths_among, write_text
+from debackdoor.cli.output import Output, check_more, each_of, finding_stands, paths_among, write_text
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK
 from debackdoor.cli.words import numbers_in_words
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from rich.table import Table
 
@@ -65,10 +65,7 @@ def scan(
     """
     output = Output(quiet, json_to)
     taken = [checkpoint, *paths_among(clean, arch)]
-    for path in (html, sarif):
-        if path is not None:
-            check_file(path, taken, overwrite=True, protect=True)
-            taken.append(path)
+    check_more(taken, html, sarif)
     output.check_json(taken)
 
     from debackdoor.data import load_clean
@@ -102,8 +99,12 @@ def scan(
     status = _status(report, fail_on)
     _describe(output, report, len(images))
     with finding_stands(status, debug):
-        command = shlex.join(context.obj)
-        each_of((lambda: output.write_json(record), lambda: _write(record, report, images, html, sarif, command)))
+        records: list[Callable[[], object]] = [lambda: output.write_json(record)]
+        if sarif is not None:
+            records.append(lambda: _write_sarif(sarif, record))
+        if html is not None:
+            records.append(lambda: _write_page(html, record, report, images, shlex.join(context.obj)))
+        each_of(records)
     return status
 
 
@@ -114,26 +115,19 @@ def _status(report: ScanReport, fail_on: FailOn) -> int:
     return BACKDOORED if finding else OK
 
 
-def _write(
-    record: Mapping[str, Any],
-    report: ScanReport,
-    images: CleanSet,
-    html: Path | None,
-    sarif: Path | None,
-    command: str,
-) -> None:
-    """The other forms of the record, where they are wanted."""
-    if sarif is not None:
-        from debackdoor.report import to_json
-        from debackdoor.report.sarif import sarif as in_sarif
+def _write_sarif(path: Path, record: Mapping[str, Any]) -> None:
+    from debackdoor.report import to_json
+    from debackdoor.report.sarif import sarif
 
-        write_text(sarif, to_json(in_sarif(record)))
-    if html is not None:
-        from debackdoor.report.page import write_page
-        from debackdoor.report.pictures import Pictures
+    write_text(path, to_json(sarif(record)))
 
-        pictures = Pictures(trigger=report.trigger, clean=images, pattern=report.pattern)
-        write_page(html, record, pictures=pictures, command=command)
+
+def _write_page(path: Path, record: Mapping[str, Any], report: ScanReport, images: CleanSet, command: str) -> None:
+    from debackdoor.report.page import write_page
+    from debackdoor.report.pictures import Pictures
+
+    pictures = Pictures(trigger=report.trigger, clean=images, pattern=report.pattern)
+    write_page(path, record, pictures=pictures, command=command)
 
 
 def _describe(output: Output, report: ScanReport, images: int) -> None:

@@ -35,7 +35,10 @@ def scan_many(
     executor: Annotated[
         options.Executor, typer.Option(help="Scan in processes of this machine, or as tasks of a Ray cluster.")
     ] = options.Executor.LOCAL,
-    workers: Annotated[int | None, typer.Option(min=1, help="Scan so many models at once; by default one.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Scan so many models at once; by default one, on a cluster all it has room for."),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Address of a Ray cluster; by default one is started on this machine."),
@@ -135,9 +138,8 @@ def _resources(
     """How many scans run at once, and what each of them gets."""
     import torch
 
-    if address is not None:  # a cluster knows best how many it can run
-        workers, threads = workers or models, 1
-    else:
+    threads = 1
+    if address is None:  # else a cluster knows best how many it can run
         workers = min(workers or 1, models)
         threads = max(1, torch.get_num_threads() // workers)
     gpus = int(executor is options.Executor.RAY and device is options.Device.CUDA)

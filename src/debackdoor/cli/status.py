@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from typing import cast
+from typing import IO, cast
 
 import typer
 
@@ -31,7 +31,7 @@ def status_of(error: BaseException, debug: bool = False) -> int:
         complain(f"{error.format_message().rstrip('. ')}; see {command} --help")
         return USAGE
     if isinstance(error, BrokenPipeError):
-        discard_stdout()
+        discard(sys.stdout)
         return ERROR
     if debug:
         traceback.print_exception(error)
@@ -44,9 +44,9 @@ def complain(text: str) -> None:
     typer.echo(f"debackdoor: {' '.join(text.split())}", err=True)
 
 
-def discard_stdout() -> None:
+def discard(stream: IO[str]) -> None:
     """Sends what is still to be printed nowhere: to a closed pipe, Python would fail to print it again when it ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _sentence(error: BaseException) -> str:

@@ -63,7 +63,7 @@ def call(factory: Callable[..., Any], arch: str, num_classes: int, in_channels: 
         network = factory(**arguments)
     except DebackdoorError:
         raise
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise ModelError(f"{arch} failed to build a network: {brief(error)}; correct the factory") from error
     if not isinstance(network, nn.Module):
         raise ModelError(

@@ -56,6 +56,21 @@ def text(value: object, longest: int | None = None) -> str:
     return f"{shown[: longest - tail - 1]}…{shown[len(shown) - tail :]}"
 
 
+def figure_class() -> Any:
+    """Matplotlib's class of figures.
+
+    Raises:
+        MissingDependencyError: if matplotlib does not import.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"expected the library matplotlib for a page, got an error ({error}); pip install 'debackdoor[report]'"
+        ) from error
+    return Figure
+
+
 def share_bars(shares: Sequence[float], names: Sequence[str], suspects: Sequence[int], alt: str) -> str:
     """The labels with the largest shares of answers as horizontal bars, and the share of an even spread as a line.
 
@@ -161,13 +176,7 @@ def png(image: Tensor) -> str:
 
 def _axes(height: float, *, left: float, right: float, bottom: float) -> tuple[Any, Any]:
     """A figure of its own, with margins in inches; pyplot would keep it, and choose a backend for the process."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"expected the library matplotlib for a page, got an error ({error}); pip install 'debackdoor[report]'"
-        ) from error
-    figure = Figure(figsize=(_WIDTH, height))
+    figure = figure_class()(figsize=(_WIDTH, height))
     width = _WIDTH - left - right
     axes = figure.add_axes((left / _WIDTH, bottom / height, width / _WIDTH, (height - bottom - 0.1) / height))
     for side in axes.spines.values():
@@ -220,7 +229,7 @@ def _svg(figure: Any, prefix: str, alt: str) -> str:
     found = re.sub(r"<[^>]*>", lambda tag: _fitted(tag[0], prefix), found[found.index("<svg") :])
     head, _, inside = found.partition(">")
     size = re.search(r'viewBox="[^"]*"', head)
-    return f'<svg class="chart" {size[0] if size else ""} role="img" aria-label="{escape(alt)}">{inside}'
+    return f'<svg class="chart" {size[0] if size else ""} role="img" aria-label="{escape(text(alt))}">{inside}'
 
 
 def _fitted(tag: str, prefix: str) -> str:

@@ -191,9 +191,10 @@ def check_libraries() -> None:
     """Checks, before any work, that what a page is made with is there.
 
     Raises:
-        MissingDependencyError: if jinja2 does not import.
+        MissingDependencyError: if jinja2 or matplotlib does not import.
     """
     _template()
+    figures.figure_class()
 
 
 def _template() -> Any:
