@@ -134,4 +134,4 @@ def test_the_callers_model_is_left_alone(u: float | None) -> None:
 
 
 def test_one_image_is_too_few() -> None:
-    check_needs_two_images(BNP())
+    check_needs_two_images(BNP(u=None))

@@ -102,7 +102,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Callable[[], CleanSet], type[Excep
         lambda: with_layer(parametrizations.weight_norm), quadrant_set, ModelError, "call .*remove_parametrizations"
     ),
     "weights computed by a hook": (
-        lambda: with_layer(weight_norm), quadrant_set, ModelError, "call remove_weight_norm on each layer first"
+        lambda: with_layer(weight_norm), quadrant_set, ModelError, "call remove_weight_norm or"
     ),
     "half precision": (lambda: quadrants().half(), quadrant_set, ModelError, "float32 weights, got torch.float16"),
     "a wrapper": (lambda: nn.DataParallel(quadrants()), quadrant_set, ModelError, "pass model.module"),

@@ -112,6 +112,15 @@ def test_answers_that_spread_again_bring_back_the_peak() -> None:
     assert found.label_shares == [0.125, 0.125, 0.75, 0.0]
 
 
+def test_what_the_labels_are_is_no_peak() -> None:
+    """Six of eight images have label 0, and as many answers at the start; half of these are on one label then."""
+    uneven = dial_set().subset(torch.tensor([0, 1, 0, 1, 0, 1, 2, 4]))
+    model = Dial([RIGHT, [1, 3, 1, 1, 2, 2, 3, 3], WRONG])
+    found = unlearn(model, uneven, replace(DIAL, past_peak=0.2), precision="fp32")
+    assert [max(shares) for shares in column(found, "label_shares")] == [0.5, 0.75]
+    assert (found.reason, found.accuracy) == ("forgotten", 0.0)
+
+
 def test_answers_that_spread_before_half_is_forgotten_do_not_stop_it() -> None:
     early = [RIGHT, [2, 0, 1, 1, 2, 2, 2, 3], RIGHT, RIGHT, WRONG]
     found, _ = turn(early, past_peak=0.2)

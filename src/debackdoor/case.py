@@ -5,14 +5,13 @@ Everything is chosen from the clean set alone: its fit part teaches, its hold-ou
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from debackdoor.data import check_clean_set, split_clean
 from debackdoor.defenses.rnp import RNP, Exposure
@@ -22,11 +21,12 @@ from debackdoor.detectors.label import RUNS, largest_pile_up, most_repeated, rep
 from debackdoor.detectors.margin import FEWEST_CLASSES
 from debackdoor.errors import ChanceError, DebackdoorError, ModelError, check_positive
 from debackdoor.memory import DEFAULT, images_within
-from debackdoor.models.forward import accuracy, predict, trusted_precision
+from debackdoor.models.copying import copied
+from debackdoor.models.forward import accuracy, logits_of, predict, trusted_precision
 from debackdoor.models.layout import to_faster_layout
 from debackdoor.rnp.modes import norms_that_learn
 from debackdoor.rnp.unlearn import Unlearned, unlearn
-from debackdoor.runtime import at_once, resolve_device
+from debackdoor.runtime import at_once, resolve_device, seeded
 from debackdoor.types import CleanSet, Progress
 
 HOLDOUT = 0.25
@@ -38,6 +38,9 @@ FEWEST_NORMS = 8
 In networks of two to six convolutions without a backdoor the answers often gathered on one label whatever part of the
 images was forgotten.
 """
+
+FEW = 4
+"""Images that show whether there is a gradient."""
 
 AT_FIRST = 32
 """Images that go through the model at once while it is not known how much memory they take."""
@@ -69,7 +72,7 @@ class Case:
 
     def within_memory(self) -> AbstractContextManager[None]:
         """A context in which no more images than may are computed on at once, and gradients are kept."""
-        return _learning(self.most)
+        return _learning(self.most, self.method.seed, self.clean.x.device)
 
     @property
     def examine(self) -> Examination:
@@ -92,9 +95,15 @@ class Case:
         return unlearn_parts(model, self.fit, runs=runs, seed=m.seed, precision=m.precision, progress=self.progress)
 
     def pile_ups(self, model: nn.Module) -> list[float]:
-        """For every label the share of the answers that gathers on it whatever part of the images is forgotten."""
+        """For every label the share of the answers that gathers on it whatever part of the images is forgotten.
+
+        A label of more than its part of the images has more of the answers to begin with: those are not counted.
+        """
         histories = (unlearned.history for unlearned in self.unlearn_parts(model, RUNS))
-        return repeated_shares(histories, least=FAINT + 1 / self.classes)
+        even = 1 / self.classes
+        usual = torch.bincount(self.fit.y, minlength=self.classes).double() / len(self.fit)
+        shares = repeated_shares(histories, least=FAINT + even)
+        return [share - max(0.0, part - even) for share, part in zip(shares, usual.tolist(), strict=True)]
 
     def evidence(self, exposure: Exposure) -> Evidence:
         """All that speaks for a backdoor in the suspect model."""
@@ -136,10 +145,11 @@ def open_case(
     if not isinstance(method.seed, int) or not 0 <= method.seed < 2**31:
         raise DebackdoorError(f"expected a seed from 0 to 2147483647, got {method.seed!r}; correct it")
     place = resolve_device(device)
-    with _learning(AT_FIRST):
+    with _learning(AT_FIRST, method.seed, place):
         suspect, clean = _copied(model).to(place).eval(), clean.to(place)
         check_works(suspect, clean, method.precision)
         method = replace(method, precision=trusted_precision(suspect, clean.x[:AT_FIRST], method.precision))
+        _check_gradient(suspect, clean.x[:FEW])
         to_faster_layout(suspect, clean.x[:2])
         fit, holdout = split_clean(clean, HOLDOUT, method.seed)
         classes = predict(suspect, clean.x[:2], precision=method.precision).shape[1]
@@ -148,9 +158,9 @@ def open_case(
 
 
 @contextmanager
-def _learning(most: int) -> Iterator[None]:
-    """At most so many images at once, and gradients, whatever the caller has switched off."""
-    with torch.inference_mode(False), torch.enable_grad(), at_once(most):
+def _learning(most: int, seed: int, device: torch.device) -> Iterator[None]:
+    """At most so many images at once, gradients, whatever the caller has switched off, and chance of its own."""
+    with torch.inference_mode(False), torch.enable_grad(), at_once(most), seeded(seed, device):
         yield
 
 
@@ -167,13 +177,23 @@ def _copied(model: nn.Module) -> nn.Module:
     other = next((value.dtype for value in model.parameters() if value.dtype != torch.float32), None)
     if other is not None:
         raise ModelError(f"expected float32 weights, got {other}; call model.float() first")
-    try:
-        return copy.deepcopy(model)
-    except RuntimeError as error:
+    return copied(model)
+
+
+def _check_gradient(model: nn.Module, x: Tensor) -> None:
+    """Checks that searches can find their way: rounding, or no_grad in the network, would leave them blind.
+
+    Raises:
+        ModelError: if the logits say nothing of how to change the image.
+    """
+    image = x.clone().requires_grad_()
+    total = logits_of(model(image.clone())).float().square().sum()
+    found = torch.autograd.grad(total, image, allow_unused=True)[0] if total.requires_grad else None
+    if found is None or not bool(found.any()):
         raise ModelError(
-            f"expected a model that can be copied, got {type(model).__name__} with computed weights; after "
-            "torch.nn.utils.weight_norm call remove_weight_norm on each layer first"
-        ) from error
+            "expected logits that follow the image by gradient, got some that do not; take rounding, integer "
+            "conversion, torch.no_grad() and detach() out of the network's forward"
+        )
 
 
 def device_of(model: nn.Module) -> torch.device:

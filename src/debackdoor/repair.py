@@ -5,7 +5,6 @@ Everything is chosen from the clean set alone: its fit part teaches, its hold-ou
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -19,6 +18,7 @@ from debackdoor.detectors.label import PileUp, largest_pile_up
 from debackdoor.detectors.words import findings, nothing_found
 from debackdoor.errors import check_fraction
 from debackdoor.memory import DEFAULT
+from debackdoor.models.copying import copied
 from debackdoor.models.layout import set_layout
 from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.types import CleanSet, Progress, RepairResult, Step, Verification
@@ -67,7 +67,7 @@ def repair(
 def handed_back(result: RepairResult, model: nn.Module) -> RepairResult:
     """The result on the caller's device; of a model that was not changed, a copy in which no buffer has moved."""
     with torch.inference_mode(False):
-        final = result.model if result.changed else copy.deepcopy(model).eval()
+        final = result.model if result.changed else copied(model).eval()
         return replace(result, model=final.to(device_of(model)))
 
 

@@ -98,6 +98,23 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Inside, what draws from torch's own generators, as dropout does, is seeded; they are then put back.
+
+    Args:
+        seed: of the generators.
+        device: where the model is; of several GPUs, the others' generators are left alone.
+    """
+    gpu = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if gpu else []):
+        torch.default_generator.manual_seed(seed)
+        if gpu:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
 def shuffled_batches(count: int, batch_size: int, random: torch.Generator) -> list[Tensor]:
     """One pass over ``count`` samples: int64 index tensors in random order.
 

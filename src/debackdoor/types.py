@@ -126,7 +126,8 @@ class RepairResult:
     Attributes:
         model: the repaired model, a new object in eval mode.
         plan: the channels that were pruned, in order; empty where pruning was not needed or not the method.
-        clean_accuracy: ``{"before": float, "after": float}`` on the hold-out part, fractions.
+        clean_accuracy: ``{"before": float, "after": float}``, fractions, on the hold-out part; where none is held out,
+            on all clean images.
         verification: the check that a repair ends with; None where a bare defence does not check itself.
         history: numbers over time, a list of rows a stage.
         steps: what was done, in order.
@@ -162,7 +163,8 @@ class RecoveredTrigger:
 
     def apply(self, x: Tensor) -> Tensor:
         """The images (N, C, H, W) in [0, 1] with the trigger on them."""
-        return (1 - self.mask) * x + self.mask * self.pattern
+        mask, pattern = self.mask.to(x.device), self.pattern.to(x.device)
+        return (1 - mask) * x + mask * pattern
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from debackdoor.errors import DebackdoorError
 from debackdoor.models import build_model
 from debackdoor.models.forward import accuracy, predict
 from debackdoor.models.layout import memory_format
-from debackdoor.runtime import generator, resolve_device
+from debackdoor.runtime import generator, resolve_device, seeded
 from debackdoor.types import CleanSet, Progress
 
 _USUAL: Mapping[str, Any] = {"epochs": 9, "batch_size": 256, "lr": 0.4}
@@ -134,8 +134,7 @@ def train(
         poison, seconds = keep_poison(attack, data, clean_model, run, checkpoint_dir)
     batches = PoisonedBatches(data, attack, poison, recipe.batch_size)
     # Weights and dropout draw from torch's own generator, which is left as it was found.
-    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with seeded(seed, place):
         model = _initial_model(recipe, attack, data, clean_model)
         model = convert_conv2d_weight_memory_format(model.to(place), memory_format(model, place))
         training = Training(model, data, recipe.epochs, len(batches), flip, precision)

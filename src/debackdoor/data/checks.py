@@ -6,7 +6,7 @@ from debackdoor.errors import DataError, TooFewError
 from debackdoor.types import CleanSet
 
 MIN_IMAGES = 20
-"""Below this the hold-out half has fewer than ten images, and a single one moves accuracy by more than 10 points."""
+"""Below this a quarter, held out, has fewer than five images, and each moves accuracy by more than 20 points."""
 
 
 def check_labels(clean: CleanSet, num_classes: int) -> None:

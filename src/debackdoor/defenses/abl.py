@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from debackdoor.data import check_labels, split_clean
 from debackdoor.defenses.base import Defense
 from debackdoor.errors import DataError, TooFewError, check_fraction, check_positive
+from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, logits_of, predict
-from debackdoor.runtime import autocast, generator, shuffled_batches
+from debackdoor.runtime import autocast, generator, seeded, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
 
 
@@ -69,13 +70,11 @@ class ABLUnlearning(Defense):
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
         judges = split_clean(clean, self.holdout, self.seed)[1] if self.holdout else clean
-        climbing = copy.deepcopy(model).eval().requires_grad_(True)
+        climbing = copied(model).eval().requires_grad_(True)
         logits = predict(climbing, judges.x, precision=self.precision)
         self._check_poisoned(clean, logits.shape[1])
         before = accuracy(logits, judges.y)
-        # Dropout draws from the global generator; it is set for this and then put back.
-        with torch.random.fork_rng(devices=[clean.x.device] if clean.x.device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed, clean.x.device):
             history = self._climb(climbing, judges, before, progress)
         kept = [row for row in history if row["kept"]]
         after = kept[-1]["accuracy"] if kept else before

@@ -8,7 +8,6 @@ the noise starts at random in every step and the ascent from there is not projec
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -23,6 +22,7 @@ from debackdoor.data.augment import random_shift
 from debackdoor.defenses.base import Defense
 from debackdoor.defenses.levels import BUDGET, HOLDOUT, below_levels, blind_rule, cost, pruned_result, strongest
 from debackdoor.errors import DebackdoorError, check_fraction, check_positive
+from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy
 from debackdoor.models.layout import to_faster_layout
 from debackdoor.rnp.modes import normalisation_in_train_mode
@@ -55,7 +55,8 @@ class ANP(Defense):
         threshold: where given, every channel whose mask is at most this is pruned (the paper's 0.2); None takes the
             strongest of its levels within the budget.
         budget: how far accuracy on the hold-out part may fall, a fraction.
-        holdout: share of the clean set that judges and is not learned from, strictly between 0 and 1.
+        holdout: share of the clean set that judges and is not learned from, strictly between 0 and 1; with a
+            ``threshold`` there is nothing to choose, and all images teach.
 
     Example:
         >>> result = ANP(iterations=500)(model, clean)  # doctest: +SKIP
@@ -83,12 +84,12 @@ class ANP(Defense):
             raise DebackdoorError(f"expected eps of at least 0, got {self.eps}; the paper takes 0.4")
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
-        model = copy.deepcopy(model).eval()
-        fit, holdout = split_clean(clean, self.holdout, self.seed)
+        model = copied(model).eval()
+        fixed = self.threshold is not None
+        fit, holdout = (clean, clean) if fixed else split_clean(clean, self.holdout, self.seed)
         layers = find_channels(model, fit.x[:2])
         layers, _ = scales_and_shifts(tuple(layer for layer in layers if layer.kind == "norm") or layers, model)
         mask, history = self.learn(model, layers, fit, progress=progress)
-        fixed = self.threshold is not None
         levels = below_levels(
             rank(layers, mask, ties=mask), THRESHOLDS if self.threshold is None else (self.threshold,)
         )
@@ -125,7 +126,7 @@ class _Game:
     """Masks against noise, one step of each at a time. No weight gets a gradient."""
 
     def __init__(self, model: nn.Module, layers: Sequence[MaskableLayer], fit: CleanSet, settings: ANP) -> None:
-        self.model, self.fit, self.settings = copy.deepcopy(model), fit, settings
+        self.model, self.fit, self.settings = copied(model), fit, settings
         to_faster_layout(self.model, fit.x[:2])
         normalisation_in_train_mode(self.model)
         self.parameters = {name: value.detach() for name, value in self.model.named_parameters()}
@@ -167,7 +168,7 @@ class _Game:
     def _loss(self, factors: Tensor, leaf: Tensor, x: Tensor, y: Tensor) -> tuple[float, Tensor, float]:
         """Cross-entropy with scales and shifts multiplied by ``factors``, its gradient in ``leaf``, and accuracy."""
         with autocast(x.device, self.settings.precision):
-            logits = masked_call(self.model, self.layers, factors, x, self.parameters, self.buffers).float()
+            logits = masked_call(self.model, self.layers, factors, x.clone(), self.parameters, self.buffers).float()
         loss = F.cross_entropy(logits, y)
         (gradient,) = torch.autograd.grad(loss, leaf)
         return loss.item(), gradient, accuracy(logits.detach(), y)

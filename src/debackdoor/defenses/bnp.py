@@ -8,7 +8,6 @@ channel's scale is set to zero and its shift stays; BackdoorBench's copy lacks a
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from debackdoor.defenses.levels import (
     strongest,
 )
 from debackdoor.errors import ModelError, check_fraction, check_positive
+from debackdoor.models.copying import copied
 from debackdoor.models.forward import predict
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
 
@@ -45,7 +45,8 @@ class BNP(Defense):
         u: standard deviations above a layer's mean divergence from which on a channel is pruned (the authors' code has
             3); None takes the strongest of 10, 9.5, ..., 0.5 within the budget.
         budget: how far accuracy on the hold-out part may fall where ``u`` is None, a fraction.
-        holdout: share of the clean set that judges and gives no statistics, strictly between 0 and 1.
+        holdout: share of the clean set that judges and gives no statistics, strictly between 0 and 1; with a ``u``
+            there is nothing to choose, and all images give them.
 
     Example:
         >>> result = BNP(u=3.0)(model, clean)  # doctest: +SKIP
@@ -62,16 +63,17 @@ class BNP(Defense):
         check_fraction(budget=self.budget, holdout=self.holdout)
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
-        model = copy.deepcopy(model).eval()
-        fit, holdout = split_clean(clean, self.holdout, self.seed)
+        model = copied(model).eval()
+        fixed = self.u is not None
+        fit, holdout = (clean, clean) if fixed else split_clean(clean, self.holdout, self.seed)
         layers, values = divergences(model, fit)
         # A scale of zero hides its channel already, whatever its statistics.
         alive = [model.get_parameter(layer.parameters[0]).detach() != 0 for layer in layers]
         ranking = rank_outliers(layers, values, alive)
         measure = cost(model, layers, holdout, self.precision)
         levels = outlier_levels(ranking, DEVIATIONS if self.u is None else (self.u,))
-        choice = strongest(levels, measure, self.budget if self.u is None else 1.0, progress=progress)
-        rule = blind_rule(self.budget) if self.u is None else f"{self.u} standard deviations above the layer's mean"
+        choice = strongest(levels, measure, 1.0 if fixed else self.budget, progress=progress)
+        rule = f"{self.u} standard deviations above the layer's mean" if fixed else blind_rule(self.budget)
         scoring = Step("rank", "divergence of batch-norm statistics", {"channels": float(len(ranking))})
         return pruned_result(model, layers, choice, scoring, rule)
 

@@ -7,7 +7,6 @@ above their layer's mean are set to zero.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -30,6 +29,7 @@ from debackdoor.defenses.levels import (
     strongest,
 )
 from debackdoor.errors import ModelError, check_fraction, check_positive
+from debackdoor.models.copying import copied
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
 
 
@@ -58,7 +58,7 @@ class CLP(Defense):
         check_fraction(budget=self.budget)
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
-        model = copy.deepcopy(model).eval()
+        model = copied(model).eval()
         layers, constants = lipschitz(model, clean.x[:2])
         ranking = rank_outliers(layers, constants, [values > 0 for values in constants])
         measure = cost(model, layers, clean, self.precision)

@@ -7,7 +7,6 @@ activation on clean images and pruned lowest first. Fine-tuning follows Wu et al
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from debackdoor.defenses.base import Defense, differ
 from debackdoor.defenses.finetune import FineTuning
 from debackdoor.defenses.levels import BUDGET, HOLDOUT, Level, blind_rule, cost, pruning_step, strongest
 from debackdoor.errors import check_fraction, check_positive
+from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, predict
 from debackdoor.rnp.prune import plan_mask, prune, rank
 from debackdoor.types import CleanSet, Plan, Progress, RepairResult, Step
@@ -64,7 +64,7 @@ class FinePruning(Defense):
         check_positive(step=self.step, lr=self.lr, epochs=self.epochs, batch_size=self.batch_size)
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
-        model = copy.deepcopy(model).eval()
+        model = copied(model).eval()
         fit, holdout = split_clean(clean, self.holdout, self.seed)
         layers, activation = dormancy(model, fit, self.precision)
         ranking = rank(layers, activation, ties=activation)

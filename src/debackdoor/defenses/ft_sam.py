@@ -53,7 +53,7 @@ class FTSAM(Tuning):
 
         def loss_of(x: Tensor, y: Tensor, buffers: dict[str, Tensor]) -> Tensor:
             with autocast(x.device, self.precision):
-                logits = logits_of(call_with(model, buffers, x)).float()
+                logits = logits_of(call_with(model, buffers, x.clone())).float()  # it may work in place
             return F.cross_entropy(logits, y, label_smoothing=self.smoothing)
 
         def backward(x: Tensor, y: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ Hypergradient Computation", ICML 2020.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -20,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from debackdoor.data import check_labels, split_clean
 from debackdoor.defenses.base import Defense
 from debackdoor.errors import DebackdoorError, check_fraction, check_positive
+from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, logits_of, predict
 from debackdoor.runtime import autocast, generator, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
@@ -78,7 +78,7 @@ class IBAU(Defense):
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
         fit, judges = split_clean(clean, self.holdout, self.seed) if self.holdout else (clean, clean)
-        repaired = copy.deepcopy(model).eval().requires_grad_(True)
+        repaired = copied(model).eval().requires_grad_(True)
         logits = predict(repaired, judges.x, precision=self.precision)
         check_labels(clean, logits.shape[1])
         history = self._unlearn(repaired, fit, progress)

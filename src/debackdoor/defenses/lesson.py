@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from debackdoor.detectors.perturbations import Sizes
 from debackdoor.detectors.squares import Square, stamped
 from debackdoor.detectors.universal import Aim, UniversalSearch
 from debackdoor.errors import check_positive
+from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, logits_of
 from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.rnp.prune import plan_mask, prune
@@ -121,7 +121,7 @@ class Lesson:
         self.random, self.queue = generator(seed), list[Tensor]()
         self.mask = plan_mask(layers, plan, fit.x.device)
         self.triggers = UniversalSearch(aims, fit.x, settings.sizes, seed) if aims else None
-        self.student = copy.deepcopy(teacher).requires_grad_(True)
+        self.student = copied(teacher).requires_grad_(True)
         self.parameters = dict(self.student.named_parameters())
         self.buffers = dict(self.student.named_buffers())
         self.optimizer = torch.optim.SGD(

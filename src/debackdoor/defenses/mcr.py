@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from debackdoor.defenses.finetune import FineTuning
 from debackdoor.defenses.tuning import Tuned, Tuning
@@ -98,7 +98,7 @@ class MCR(Tuning):
     @torch.no_grad()
     def _measure_statistics(self, model: nn.Module, fit: CleanSet) -> None:
         """Replaces running means and variances, which are another model's, by the averages over one pass."""
-        norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         kept = [(norm, norm.momentum, copy.deepcopy(norm.num_batches_tracked)) for norm in norms]
         if not kept:
             return

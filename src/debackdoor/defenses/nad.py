@@ -7,7 +7,6 @@ fine-tuned copy looks. Attention maps as in Zagoruyko and Komodakis, "Paying Mor
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from debackdoor.defenses.finetune import FineTuning
 from debackdoor.defenses.tuning import Tuned, Tuning
 from debackdoor.errors import DebackdoorError, ModelError, check_positive
+from debackdoor.models.copying import copied
 from debackdoor.models.forward import eval_mode, logits_of
 from debackdoor.runtime import autocast
 from debackdoor.types import CleanSet, Progress, Step
@@ -82,7 +82,7 @@ class NAD(Tuning):
             def backward(x: Tensor, y: Tensor) -> Tensor:
                 with autocast(x.device, self.precision):
                     with torch.no_grad():
-                        teacher(x)
+                        teacher(x.clone())  # it may work in place
                     loss = F.cross_entropy(logits_of(student(x)).float(), y)
                 for beta, wanted, got in zip(betas, looks(), seen(), strict=True):
                     loss = loss + beta * F.mse_loss(attention(got, self.power), attention(wanted, self.power))
@@ -132,9 +132,9 @@ def find_places(model: nn.Module, example: Tensor) -> tuple[Place, ...]:
             found[size] = place
 
     # On a copy: some networks keep what they compute.
-    traced = copy.deepcopy(model)
+    traced = copied(model)
     with eval_mode(traced), torch.enable_grad(), _hooks(traced, dict(traced.named_modules()), note):
-        traced(example)
+        traced(example.clone())
     if not found:
         raise ModelError(
             f"expected a network with feature maps (N, C, H, W) of more than one pixel, got {type(model).__name__} "
@@ -183,7 +183,8 @@ def _hooks(
     def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             calls[name] += 1
-            if isinstance(output, Tensor) and output.ndim == 4:
+            # Of a linear layer or a layer norm, channels are the last axis.
+            if isinstance(output, Tensor) and output.ndim == 4 and not isinstance(module, (nn.Linear, nn.LayerNorm)):
                 note(Place(name, calls[name] - 1), output)
 
         return hook

@@ -6,7 +6,6 @@ VI-C (mitigation by unlearning); the search is that of section IV.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -20,8 +19,9 @@ from debackdoor.data.augment import random_shift
 from debackdoor.defenses.base import Defense
 from debackdoor.detectors.neural_cleanse import OUTLYING, Anomalies, neural_cleanse, published
 from debackdoor.errors import check_fraction, check_positive
+from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, logits_of, predict
-from debackdoor.runtime import autocast, generator, shuffled_batches
+from debackdoor.runtime import autocast, generator, seeded, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RecoveredTrigger, RepairResult, Step
 
 
@@ -70,7 +70,7 @@ class NCUnlearning(Defense):
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
         fit, judges = split_clean(clean, self.holdout, self.seed) if self.holdout else (clean, clean)
-        repaired = copy.deepcopy(model).eval().requires_grad_(False)
+        repaired = copied(model).eval().requires_grad_(False)
         logits = predict(repaired, judges.x, precision=self.precision)
         check_labels(clean, logits.shape[1])
         found = self._find(repaired, fit, judges, logits.shape[1], progress)
@@ -108,9 +108,7 @@ class NCUnlearning(Defense):
     ) -> list[dict[str, Any]]:
         """Changes the model, and leaves it in eval mode; one row a pass."""
         model.requires_grad_(True).train()
-        # Dropout draws from the global generator; it is set for this and then put back.
-        with torch.random.fork_rng(devices=[fit.x.device] if fit.x.device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed, fit.x.device):
             history = self._train(model, fit, trigger, progress)
         model.eval().zero_grad(set_to_none=True)
         return history

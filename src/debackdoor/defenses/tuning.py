@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
@@ -16,8 +15,9 @@ from debackdoor.data import split_clean
 from debackdoor.data.augment import random_shift
 from debackdoor.defenses.base import Defense, differ
 from debackdoor.errors import ModelError, check_fraction, check_positive
+from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, predict
-from debackdoor.runtime import generator, shuffled_batches
+from debackdoor.runtime import generator, seeded, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
 
 Rows = list[dict[str, Any]]
@@ -37,6 +37,8 @@ class Tuned:
 @dataclass(frozen=True, kw_only=True)
 class Tuning(Defense):
     """Everything around a method that trains weights on the clean set; a method writes ``_tune``.
+
+    Images are shifted, but not mirrored as some of the methods were published with: signs and digits must not be.
 
     Attributes:
         lr: first step size of SGD; it falls to 0 along a cosine over the epochs unless a method says otherwise.
@@ -62,11 +64,9 @@ class Tuning(Defense):
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
         fit, judges = split_clean(clean, self.holdout, self.seed) if self.holdout else (clean, clean)
-        suspect = copy.deepcopy(model).eval()
-        # Dropout draws from the global generator; it is set for this and then put back.
-        with torch.random.fork_rng(devices=[fit.x.device] if fit.x.device.type == "cuda" else []):
-            torch.manual_seed(self.seed)
-            tuned = self._tune(copy.deepcopy(suspect).requires_grad_(True), fit, progress)
+        suspect = copied(model).eval()
+        with seeded(self.seed, fit.x.device):
+            tuned = self._tune(copied(suspect).requires_grad_(True), fit, progress)
         for name, parameter in model.named_parameters():
             tuned.model.get_parameter(name).requires_grad_(parameter.requires_grad).grad = None
         before, after = (

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile
 from debackdoor.errors import check_positive
 from debackdoor.models.forward import eval_mode, predict
+from debackdoor.runtime import at_most
 from debackdoor.types import CleanSet, Progress
 
 
@@ -29,7 +30,8 @@ def penultimate_features(model: nn.Module, x: Tensor, *, batch_size: int = 500, 
     handles = [layer.register_forward_pre_hook(tap.note, with_kwargs=True) for layer in layers]
     parts = []
     try:
-        for batch in x.split(batch_size):
+        # What predict would take apart, the tap would see the last part of.
+        for batch in x.split(at_most(batch_size)):
             tap.clear()
             logits = predict(model, batch, batch_size=batch_size, precision=precision)
             parts.append(tap.head_input(logits).detach().float().flatten(1))

@@ -80,7 +80,7 @@ def largest_margins(
         settings: of the search.
         seed: of the random images.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: called after every label's turn.
+        progress: called after every batch of random images.
     """
     s, random = settings or MarginSettings(), generator(seed)
     starts = max(1, min(s.starts, s.batch_size // num_classes))

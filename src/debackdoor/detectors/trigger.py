@@ -21,6 +21,10 @@ LARGER = 4.0
 """A trigger for both models may be so many times as large as one for the suspect model alone."""
 
 
+MOST_AT_ONCE = 512
+"""Images of all labels together that go through the model at once: of a hundred labels they would not fit in memory."""
+
+
 @dataclass(frozen=True)
 class SearchSettings:
     """Hyper-parameters of the search.
@@ -82,7 +86,7 @@ class _Joint(nn.Module):
         self.suspect, self.exposed, self.label, self.doubt = suspect, exposed, label, doubt
 
     def forward(self, x: Tensor) -> Tensor:
-        held = logits_of(self.exposed(x)).float()
+        held = logits_of(self.exposed(x.clone())).float()  # it may work in place
         doubt = self.doubt * F.one_hot(torch.tensor(self.label, device=x.device), held.shape[1])
         return F.log_softmax(logits_of(self.suspect(x)).float(), 1) + F.log_softmax(held - doubt, 1)
 
@@ -178,7 +182,8 @@ class _Search:
         index = torch.randint(len(self.fit), (count * images,), generator=self.random).view(count, images)
         labels = torch.arange(count, device=self.labels.device)
         self.optimizer.zero_grad()
-        works = torch.cat([self._descend(some, index) for some in labels.split(at_most(count * images) // images)])
+        together = max(1, min(at_most(count * images), MOST_AT_ONCE) // images)
+        works = torch.cat([self._descend(some, index) for some in labels.split(together)])
         with torch.no_grad():
             mask, pattern = self.mask.sigmoid(), self.pattern.sigmoid()
             self._keep_best(works, mask.flatten(1).sum(1), mask, pattern)

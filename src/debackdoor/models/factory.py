@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import importlib.util
 import inspect
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from debackdoor.errors import DebackdoorError, ModelError
+from debackdoor.models.copying import copied
 
 
 class Factory(Protocol):
@@ -53,7 +53,7 @@ def call(factory: Callable[..., Any], arch: str, num_classes: int, in_channels: 
         ModelError: if it raises, or returns no module.
     """
     if isinstance(factory, nn.Module):
-        return copy.deepcopy(factory)
+        return copied(factory)
     try:
         parameters = inspect.signature(factory).parameters
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

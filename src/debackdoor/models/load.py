@@ -113,18 +113,12 @@ def _check_floats(network: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _class_count(checkpoint: Checkpoint, given: int | None) -> int:
-    try:
-        found = infer_num_classes(checkpoint.state_dict)
-    except CheckpointError as error:
-        if given is None:
-            raise CheckpointError(f"{checkpoint.path}: {error}") from error
+    if given is not None:  # what is inferred may be another layer's, and a wrong number shows when weights are loaded
         return given
-    if given is not None and given != found:
-        raise CheckpointError(
-            f"{checkpoint.path}: expected {given} classes as asked for, got a last layer of {found}; "
-            f"give --num-classes {found} or leave it out"
-        )
-    return found
+    try:
+        return infer_num_classes(checkpoint.state_dict)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from error
 
 
 def _normalised(network: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:

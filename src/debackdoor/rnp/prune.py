@@ -6,7 +6,6 @@ removing are separate, so a plan can be read before it is applied.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from debackdoor.channels import MaskableLayer, count_channels, flat_index, locate, mask_parameters
+from debackdoor.models.copying import copied
 from debackdoor.types import Plan, PlannedChannel
 
 
@@ -90,7 +90,7 @@ def prune(model: nn.Module, layers: Sequence[MaskableLayer], plan: Plan) -> nn.M
 
     Of a normalisation the weight is set to zero and the bias stays; of a convolution or linear layer, both are.
     """
-    pruned = copy.deepcopy(model)
+    pruned = copied(model)
     parameters = dict(pruned.named_parameters())
     device = next(iter(parameters.values())).device
     with torch.no_grad():

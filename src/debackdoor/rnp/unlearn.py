@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 from debackdoor.data.augment import random_shift
 from debackdoor.errors import check_positive
+from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, label_shares, logits_of, predict
 from debackdoor.rnp.modes import normalisation_in_train_mode, require_norm_gradients
 from debackdoor.runtime import autocast, generator, parts, shuffled_batches
 from debackdoor.types import CleanSet, Progress
+
+STILL_KNOWN = 0.75
+"""Where more than this part of the accuracy is left, the answers are spread as the images' labels are."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ def unlearn(
         reason = climb.reason_to_stop(limit)
         if progress is not None:
             progress("unlearn", climb.steps, limit, {"accuracy": climb.now.accuracy})
-    end = climb.peak if reason == "piled up" else climb.now
+    end = climb.peak if reason == "piled up" and climb.peak is not None else climb.now
     climb.model.load_state_dict(end.weights)
     return Unlearned(climb.model.eval(), reason, end.accuracy, end.shares, climb.history)
 
@@ -129,12 +133,16 @@ class _State:
     shares: list[float]
     finite: bool
 
+    @property
+    def largest(self) -> float:
+        return max(self.shares)
+
 
 class _Climb:
     """Gradient ascent that can go back to the last good check."""
 
     def __init__(self, model: nn.Module, fit: CleanSet, settings: UnlearnSettings, seed: int, precision: str) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(not settings.norm_only)
+        self.model = copied(model).requires_grad_(not settings.norm_only)
         if settings.norm_only:
             require_norm_gradients(self.model)
         self.learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -145,7 +153,8 @@ class _Climb:
         self.queue: list[Tensor] = []
         self.steps, self.lr, self.loss = 0, settings.lr, 0.0
         self.history: list[dict[str, Any]] = []
-        self.start = self.now = self.peak = self._measure()
+        self.start = self.now = self._measure()
+        self.peak: _State | None = None
         self._restart()
 
     def _measure(self) -> _State:
@@ -209,7 +218,7 @@ class _Climb:
             self._restart()
             return
         self.now = new
-        if max(new.shares) > max(self.peak.shares):
+        if new.accuracy <= STILL_KNOWN * self.start.accuracy and (not self.peak or new.largest > self.peak.largest):
             self.peak = new
 
     def reason_to_stop(self, limit: int) -> str | None:
@@ -218,7 +227,7 @@ class _Climb:
         if self.now.accuracy <= stop:
             return "forgotten"
         half_gone = self.now.accuracy <= self.start.accuracy / 2
-        if s.past_peak is not None and half_gone and max(self.now.shares) < max(self.peak.shares) - s.past_peak:
+        if s.past_peak is not None and half_gone and self.peak and self.now.largest < self.peak.largest - s.past_peak:
             return "piled up"
         if self.lr < s.lr / 1024 and not s.decay_at:
             return "stuck"
