@@ -272,6 +272,21 @@ def test_wrong_class_count_says_what_the_file_has(tmp_path: Path, arch: str) -> 
     assert open_model(path, arch, num_classes=10).num_classes == 10
 
 
+def test_the_class_count_that_is_given_counts(tmp_path: Path) -> None:
+    """What is inferred may be another layer's: here that of a head whose weight lies (features, classes)."""
+    (tmp_path / "net.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Head(nn.Module):\n    def __init__(self, n):\n"
+        "        super().__init__()\n        self.weight = nn.Parameter(torch.ones(12, n))\n\n"
+        "    def forward(self, x):\n        return x.flatten(1) @ self.weight\n\n\n"
+        "def make(num_classes):\n    return nn.Sequential(nn.Conv2d(3, 3, 1), Head(num_classes))\n"
+    )
+    arch = f"{tmp_path / 'net.py'}:make"
+    path = saved(tmp_path, build_model(arch, 10))
+    assert infer_num_classes(open_model(path, arch, num_classes=10).model.state_dict()) == 12
+    with pytest.raises(CheckpointError, match="expected 11 classes as asked for, got a last layer of 12"):
+        open_model(path, arch, num_classes=11)
+
+
 def test_state_dict_of_another_architecture(tmp_path: Path) -> None:
     path = saved(tmp_path, build_model("preactresnet18-w4", 10))
     with pytest.raises(CheckpointError) as caught:

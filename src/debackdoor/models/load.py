@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,11 @@ def open_model(
     classes = _class_count(checkpoint, num_classes)
     network = resolve_arch(arch, checkpoint.state_dict)(classes).float()
     checkpoint = with_names_of(network, checkpoint)
-    load_into(network, checkpoint, arch)
+    try:
+        load_into(network, checkpoint, arch)
+    except CheckpointError:
+        _check_class_count(checkpoint, num_classes)
+        raise
     _check_floats(network, checkpoint)
     return LoadedModel(_normalised(network, mean, std).eval(), checkpoint, arch, classes)
 
@@ -113,12 +118,28 @@ def _check_floats(network: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def _class_count(checkpoint: Checkpoint, given: int | None) -> int:
-    if given is not None:  # what is inferred may be another layer's, and a wrong number shows when weights are loaded
+    if given is not None:
         return given
     try:
         return infer_num_classes(checkpoint.state_dict)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from error
+
+
+def _check_class_count(checkpoint: Checkpoint, given: int | None) -> None:
+    """Of a checkpoint that does not fit: whether that may be for the number of classes that was asked for.
+
+    Asked only then, since what is inferred may be another layer's.
+    """
+    found = given
+    if given is not None:
+        with contextlib.suppress(CheckpointError):  # it is unclear
+            found = infer_num_classes(checkpoint.state_dict)
+    if found != given:
+        raise CheckpointError(
+            f"{checkpoint.path}: expected {given} classes as asked for, got a last layer of {found}; "
+            f"give --num-classes {found} or leave it out"
+        )
 
 
 def _normalised(network: nn.Module, mean: Sequence[float] | None, std: Sequence[float] | None) -> nn.Module:
