@@ -68,8 +68,9 @@ def repair_of(shell: Shell, *more: object) -> list[object]:
 def test_the_scans_record_comes_from_the_same_look(
     shell: Shell, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def both(*given: Any, **options: Any) -> tuple[ScanReport, RepairResult]:
-        return report_cases.report("backdoored"), stand_in(*given, **options)
+    def both(*given: Any, scanned: Callable[[ScanReport], object], **options: Any) -> tuple[ScanReport, RepairResult]:
+        scanned(report := report_cases.report("backdoored"))
+        return report, stand_in(*given, **options)
 
     monkeypatch.setattr(importlib.import_module("debackdoor.both"), "scan_and_repair", both)
     out, scanned = shell.folder / "out.safetensors", shell.folder / "scan.json"
@@ -83,6 +84,20 @@ def test_the_scans_record_comes_from_the_same_look(
     assert ran.code == 0  # a file that nothing else uses may be replaced
     ran = shell(*repair_of(shell, "--out", out, "--overwrite", "--scan-json", out))
     assert (ran.code, "expected a file of its own to write" in ran.err) == (2, True)
+    scanned.unlink()
+    stand_in.error = RuntimeError("out of memory")
+    ran = shell(*repair_of(shell, "--out", shell.folder / "three.safetensors", "--scan-json", scanned))
+    assert (ran.code, json.loads(scanned.read_text())["verdict"]) == (1, "backdoored")
+    assert "unexpected RuntimeError: out of memory" in ran.err
+    assert ran.err.endswith("debackdoor: the finding stands\n")
+    stand_in.error = None
+    monkeypatch.setattr(importlib.import_module("debackdoor.cli.output"), "atomic_write_text", _full)
+    ran = shell(*repair_of(shell, "--out", out, "--overwrite", "--scan-json", scanned))
+    assert (ran.code, "scan.json was not written: No space left on device" in ran.err) == (2, True)
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_repair_writes_the_model_and_its_record(shell: Shell, stand_in: StandIn) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
-from data_cases import make_folder, make_parquet, one_sentence
+from data_cases import make_folder, one_sentence
 from debackdoor.data import check_clean_set, check_labels, load_clean, load_dataset, split_clean
 from debackdoor.data.named import named_folder
 from debackdoor.data.sampling import balanced_sample
@@ -117,15 +117,10 @@ def test_digits() -> None:
 
 
 def test_words_stand_for_folders_of_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "shared" / "data" / "cifar10").mkdir(parents=True)
-    make_parquet(tmp_path / "shared" / "data" / "cifar10" / "train.parquet", [0, 1])
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
     monkeypatch.delenv("DEBACKDOOR_DATA", raising=False)
-    assert len(load_clean("cifar10")) == 2, "the default place"
-    with pytest.raises(DataError, match="set the environment variable DEBACKDOOR_DATA") as error:
+    with pytest.raises(DataError, match="gtsrb: expected the environment variable DEBACKDOOR_DATA, got none; set") as e:
         load_clean("gtsrb")
-    one_sentence(error)
+    one_sentence(e)
     make_folder(tmp_path / "other" / "gtsrb", {"00000": 1, "00001": 2})
     monkeypatch.setenv("DEBACKDOOR_DATA", str(tmp_path / "other"))
     assert len(load_clean("gtsrb")) == 3

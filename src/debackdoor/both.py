@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from debackdoor.case import open_case
@@ -23,6 +25,7 @@ def scan_and_repair(
     precision: str = "auto",
     memory: float = DEFAULT,
     progress: Progress | None = None,
+    scanned: Callable[[ScanReport], object] | None = None,
 ) -> tuple[ScanReport, RepairResult]:
     """What ``scan`` and ``repair`` return for the same arguments; what both begin with is done once.
 
@@ -35,6 +38,7 @@ def scan_and_repair(
         precision: ``auto``, ``fp32`` or ``bf16``.
         memory: GiB that may be taken.
         progress: called from inside long loops.
+        scanned: called with the scan's report, as soon as there is one.
 
     Raises:
         DataError: if the clean set is too small, holds one class only, or has labels the model does not know.
@@ -46,5 +50,7 @@ def scan_and_repair(
         exposure = case.expose()
         evidence = case.evidence(exposure)
         report = scan_case(case, exposure, evidence)
+        if scanned is not None:
+            scanned(report)
         result = repair_case(case, exposure, evidence, budget)
     return report, handed_back(result, model)

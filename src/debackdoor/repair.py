@@ -131,7 +131,7 @@ def _judge(before: Evidence, after: Evidence) -> Verification:
     left = remains(before, after)
     passed = not left and not after.all_to_all
     if passed:
-        now = "after the repair nothing of this is found any more"
+        now = "after the repair fresh searches find nothing that speaks against it"
     elif left:
         now = f"after the repair it is still there for label {', '.join(map(str, left))}"
     else:

@@ -1,7 +1,7 @@
 """From a suspect model and a clean set to a verdict, the labels it points to, and the trigger.
 
 Everything is chosen from the clean set alone: its fit part teaches, its hold-out part decides. The thresholds were
-calibrated on models that nobody scans with them, see ``benchmarks/scan_zoo.py``.
+drawn from models of the zoo; ``docs/results.md`` says which, and how they carry over.
 """
 
 from __future__ import annotations

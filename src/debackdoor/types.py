@@ -105,7 +105,8 @@ class Verification:
     """A repair's own check, made from clean data alone.
 
     Attributes:
-        passed: whether nothing that made a label suspect, or all of them, is found any more.
+        passed: whether fresh searches find nothing against the labels that were suspect before, or all of them; a
+            pile-up is measured again only where no search had led to its label.
         label: the most suspect label, or None where nothing was exposed, or a backdoor to many labels (all-to-all).
         evidence: the numbers behind it, before and after the repair.
         message: one sentence for a person.
@@ -254,7 +255,7 @@ class SampleScores:
         false_positive_rate: the share of clean images that the threshold was set to flag, a fraction.
         p_value: how probable it is that so many of a pile of clean images are flagged, [0, 1].
         method: what the scores are.
-        conclusive: whether the clean task was unlearned, so that the exposed model can tell.
+        conclusive: False where the scores rest on an exposed model that could not be made to forget the clean task.
     """
 
     scores: Tensor

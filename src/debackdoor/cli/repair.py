@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,11 +13,12 @@ from debackdoor.cli import options
 from debackdoor.cli.output import Output, check_file, check_more, each_of, finding_stands, paths_among, write_text
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
 from debackdoor.cli.words import numbers_in_words
+from debackdoor.errors import DebackdoorError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from debackdoor.types import CleanSet, RepairResult
+    from debackdoor.types import CleanSet, RepairResult, ScanReport
 
 
 def repair(
@@ -65,7 +67,7 @@ def repair(
     from debackdoor.data import load_clean
     from debackdoor.models import open_model, state_dict_of
     from debackdoor.repair import repair as repair_model
-    from debackdoor.report import header, repair_record, scan_record, to_json
+    from debackdoor.report import header, repair_record
     from debackdoor.runtime import resolve_device
 
     resolve_device(device)
@@ -80,16 +82,22 @@ def repair(
         stages.begin("repair")
         settings: dict[str, Any] = {"seed": seed, "device": device, "precision": precision, "memory": memory}
         settings["progress"] = stages
+
+        def head() -> dict[str, Any]:
+            return header(loaded, data=clean, seed=seed, seconds=stages.seconds)
+
         if scan_json is None:
-            report, result = None, repair_model(loaded.model, images, budget, **settings)
+            scan, result = None, repair_model(loaded.model, images, budget, **settings)
         else:
-            report, result = scan_and_repair(loaded.model, images, budget, **settings)
-    status, head = _status(result), header(loaded, data=clean, seed=seed, seconds=stages.seconds)
-    record = repair_record(head, result, clean_images=len(images), budget=budget)
+            scan = _Scan(scan_json, head, len(images))
+            try:
+                _, result = scan_and_repair(loaded.model, images, budget, **settings, scanned=scan.write)
+            except Exception as error:
+                return scan.survive(error, debug)
+    status, record = _status(result), repair_record(head(), result, clean_images=len(images), budget=budget)
     records: list[Callable[[], object]] = [lambda: output.write_json(record)]
-    if scan_json is not None and report is not None:
-        scanned = scan_record(head, report, clean_images=len(images), fail_on="suspicious")
-        records.append(lambda: write_text(scan_json, to_json(scanned)))
+    if scan is not None:
+        records.append(scan.check_written)
     if html is not None:
         records.append(lambda: _write_page(html, record, result, images, shlex.join(context.obj)))
     _describe(output, result, len(images))
@@ -101,6 +109,47 @@ def repair(
         with finding_stands(status, debug):
             each_of(records)
     return status
+
+
+@dataclass
+class _Scan:
+    """The record of a scan, which is written before the repair begins.
+
+    Attributes:
+        path: the file.
+        head: gives what the record begins with.
+        images: how many clean ones.
+        finding: whether the scan found anything.
+        error: why the record could not be written.
+    """
+
+    path: Path
+    head: Callable[[], Mapping[str, Any]]
+    images: int
+    finding: bool = False
+    error: DebackdoorError | None = None
+
+    def write(self, report: ScanReport) -> None:
+        """Writes the record; an error is kept for the end, since the repair goes on."""
+        from debackdoor.report import scan_record, to_json
+
+        self.finding = report.verdict in ("backdoored", "suspicious")
+        record = scan_record(self.head(), report, clean_images=self.images, fail_on="suspicious")
+        try:
+            write_text(self.path, to_json(record))
+        except DebackdoorError as error:
+            self.error = error
+
+    def check_written(self) -> None:
+        """Raises the error that was kept."""
+        if self.error is not None:
+            raise self.error
+
+    def survive(self, error: Exception, debug: bool) -> int:
+        """The exit code after a repair that failed: a finding of the scan stands; without one the error is raised."""
+        with finding_stands(BACKDOORED if self.finding else OK, debug):
+            raise error
+        return BACKDOORED
 
 
 def _write_page(html: Path, record: Mapping[str, Any], result: RepairResult, images: CleanSet, command: str) -> None:

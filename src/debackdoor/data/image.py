@@ -17,10 +17,10 @@ _FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "PPM")
 
 
 def decode_image(where: str, data: bytes) -> NDArray[np.uint8]:
-    """An encoded 8-bit image as (H, W, 3) uint8 RGB pixels; alpha is dropped.
+    """An encoded image as (H, W, 3) uint8 RGB pixels; alpha is dropped, and of 16-bit colour the lower half.
 
     Raises:
-        DataError: if ``data`` is no PNG, JPEG, BMP, WebP or PPM image, is damaged, or has more than 8 bits a channel.
+        DataError: if ``data`` is no PNG, JPEG, BMP, WebP or PPM image, is damaged, or is grey of more than 8 bits.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:

@@ -9,16 +9,21 @@ from debackdoor.errors import DataError
 
 VARIABLE = "DEBACKDOOR_DATA"
 FOLDERS = ("cifar10", "gtsrb")
-_DEFAULT = Path("../shared/data")
 
 
 def named_folder(word: str) -> Path:
-    """The folder ``word`` inside the one that ``DEBACKDOOR_DATA`` names (default: ``../shared/data``).
+    """The folder ``word`` inside the one that the environment variable ``DEBACKDOOR_DATA`` names.
 
     Raises:
-        DataError: if it does not exist.
+        DataError: if the variable is not set, or the folder does not exist.
     """
-    base = Path(os.environ.get(VARIABLE) or _DEFAULT)
+    place = os.environ.get(VARIABLE)
+    if not place:
+        raise DataError(
+            f"{word}: expected the environment variable {VARIABLE}, got none; set it to the folder that holds {word}, "
+            f"or write ./{word} for a folder of that name"
+        )
+    base = Path(place)
     if not (base / word).is_dir():
         raise DataError(
             f"{word}: expected a folder {base / word}, got none; set the environment variable {VARIABLE} "

@@ -83,8 +83,8 @@ _KINDS = {
 
 PILE_UP = (
     "While the model is made to forget its task, a backdoor stays. Answers on clean images then gather on its "
-    "label, whatever part of them is forgotten: the smallest share of several runs counts. This tells something of "
-    "networks with batch normalisation alone."
+    "label, whatever part of them is forgotten: the smallest share of several runs counts. This counts only in "
+    "networks with at least eight batch normalisations and five classes."
 )
 
 MARGIN = (
@@ -98,8 +98,9 @@ TOGETHER = (
 
 LIMITS = (
     "A verdict of clean is no proof. It says that the searches found nothing, with these clean images and this seed.",
-    "The searches know backdoors that answer to a patch, a pattern, a warp or another change that is the same for all "
-    "images. A trigger that is different for every image, or that was built against such searches, may escape them.",
+    "The searches know small patches, faint patterns, slight warps and plain squares that are the same for all images. "
+    "Large patches with a pattern, photo filters, triggers that differ from image to image, and those that were built "
+    "against such searches may escape them.",
     "With few clean images, or images unlike those that the model was trained on, signs are weaker and may mislead.",
     "A recovered trigger is one that works, found by search. It need not look like the attacker's own.",
     "Only the classifier was examined. The file was read without running code from it, but nothing is said about "
