@@ -21,6 +21,7 @@ import repair_zoo
 import typer
 
 import debackdoor as db
+from debackdoor.bench.memory import PeakMemory
 from debackdoor.case import Case, open_case
 from debackdoor.defenses.lesson import RelearnSettings
 from debackdoor.defenses.relearn import relearn
@@ -28,6 +29,7 @@ from debackdoor.defenses.rnp import RNP, Exposure
 from debackdoor.detectors.evidence import Evidence
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
+from debackdoor.runtime import resolve_device
 from debackdoor.types import RepairResult
 from debackdoor.zoo import CLEAN, Card, list_cards, weights_of
 
@@ -68,10 +70,10 @@ def _measure(card: Card, zoo: Path, seed: int, limit: int, targets: dict[str, Pa
     evidence = case.evidence(exposure)
     looked = time.perf_counter() - started
     for part, target in targets.items():
-        started = time.perf_counter()
+        memory, started = PeakMemory(resolve_device()), time.perf_counter()
         result = _repair(case, exposure, evidence, part)
         seconds = looked + time.perf_counter() - started
-        record = repair_zoo.record_of(result, card, zoo, f"repair-without-{part}", seed, clean, seconds)
+        record = repair_zoo.record_of(result, card, zoo, f"repair-without-{part}", seed, case.clean, seconds, memory)
         atomic_write_text(target, json.dumps(record, indent=1) + "\n")
         typer.echo(f"without {part} {repair_zoo.row([record])}")
 

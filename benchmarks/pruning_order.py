@@ -15,9 +15,11 @@ from typing import Annotated, Any
 import matplotlib.pyplot as plt
 import numpy as np
 import typer
+from publish import commit
 
 import debackdoor as db
 from debackdoor.attacks import load_trigger
+from debackdoor.case import HOLDOUT
 from debackdoor.data import split_clean
 from debackdoor.defenses import RNP
 from debackdoor.evaluation import evaluate
@@ -59,6 +61,8 @@ def measure(
         "test_images": tests,
         "seed": 0,
         "versions": versions(),
+        "commit": commit(),
+        "sha256": {name: cards[name].sha256 for name in names},
         "curves": curves,
     }
     atomic_write_text(out, json.dumps(record, indent=1) + "\n")
@@ -66,7 +70,7 @@ def measure(
 
 def _curve(card: Card, zoo: Path, name: str, clean: CleanSet, test: CleanSet) -> dict[str, Any]:
     model, method = load_model(weights_of(zoo, card.name), card.arch).eval(), METHODS[name]
-    fit, _ = split_clean(clean, 0.25, 0)
+    fit = clean if method.threshold is not None else split_clean(clean, HOLDOUT, 0)[0]
     exposure = method.expose(model, fit)
     attack = load_trigger(trigger_of(zoo, card.name))
     points = []

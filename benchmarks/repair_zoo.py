@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import resource
 import time
 from dataclasses import asdict, dataclass
 from itertools import product
@@ -28,11 +27,12 @@ from torch import nn
 
 import debackdoor as db
 from debackdoor.attacks import load_trigger
+from debackdoor.bench.memory import PeakMemory
 from debackdoor.defenses import FineTuning
 from debackdoor.evaluation import Evaluation, accuracy, defence_effectiveness, evaluate
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
-from debackdoor.runtime import versions
+from debackdoor.runtime import resolve_device, versions
 from debackdoor.types import CleanSet, RepairResult
 from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
 
@@ -65,17 +65,24 @@ def measure(card: Card, zoo: Path, seed: int, limit: int) -> dict[str, Any]:
     """Repairs one model and measures it before and after."""
     clean = db.load_clean(card.dataset, limit=limit, seed=seed)
     model = load_model(weights_of(zoo, card.name), card.arch)
-    started = time.perf_counter()
+    memory, started = PeakMemory(resolve_device()), time.perf_counter()
     result = db.repair(model, clean, seed=seed)
     seconds = time.perf_counter() - started
-    return record_of(result, card, zoo, "repair", seed, clean, seconds)
+    return record_of(result, card, zoo, "repair", seed, clean.to(resolve_device()), seconds, memory)
 
 
 def record_of(
-    result: RepairResult, card: Card, zoo: Path, defense: str, seed: int, clean: CleanSet, seconds: float
+    result: RepairResult,
+    card: Card,
+    zoo: Path,
+    defense: str,
+    seed: int,
+    clean: CleanSet,
+    seconds: float,
+    memory: PeakMemory,
 ) -> dict[str, Any]:
-    """What the repair did to the model, measured with the trigger."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    """What the repair did to the model, measured with the trigger; ``clean`` and the model are on one device."""
+    peak = memory.record()
     models = {"after": result.model}
     if defense == "repair" and result.changed:
         tuned = FineTuning(lr=0.01, epochs=20, seed=seed)(result.model, clean)
@@ -101,7 +108,7 @@ def record_of(
         },
         "der": _der(before, after),
         "seconds": round(seconds, 1),
-        "peak_memory_mib": peak,
+        **peak,
         "changed": result.changed,
         "channels_pruned": len(result.plan),
         "steps": [asdict(step) for step in result.steps],

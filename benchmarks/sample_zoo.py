@@ -84,6 +84,8 @@ def add_to(path: Path, added: Record) -> Record:
     """Writes a record, beside the detectors that the one in this place has: what is told by detector is told of all."""
     before = json.loads(path.read_text()) if path.exists() else {}
     by_detector = {name: {**before.get(name, {}), **added[name]} for name in BY_DETECTOR}
+    if before and before["sha256"] != added["sha256"]:
+        raise typer.BadParameter(f"{path}: expected the record of the same model, got another's; move it away")
     record = {**added, **before, **by_detector}
     atomic_write_text(path, json.dumps(record, indent=1) + "\n")
     return record
@@ -108,7 +110,7 @@ def record_of(
     sizes: tuple[int, int] = (250, 250),
 ) -> dict[str, Any]:
     """What the detectors make of one pile, with the models that each of them is tried with."""
-    pile = draw_pile(card, zoo, case.method.seed, sizes)
+    pile = draw_pile(card, zoo, case.method.seed, sizes).to(case.clean.x.device)
     succeeded = predict(case.suspect, pile.triggered).argmax(1) == pile.wanted
     found: dict[str, dict[str, Any]] = {name: defaultdict(dict) for name in BY_DETECTOR}
     for name in detectors:
@@ -169,6 +171,10 @@ class Pile:
         """All of them, the clean ones first."""
         return torch.cat([self.clean, self.triggered])
 
+    def to(self, device: torch.device) -> Pile:
+        """The same pile on ``device``."""
+        return Pile(self.clean.to(device), self.triggered.to(device), self.wanted.to(device))
+
     def beginning(self, share: float) -> Pile:
         """The first of each, at least one."""
         clean, triggered = (max(1, round(share * len(part))) for part in (self.clean, self.triggered))
@@ -192,7 +198,7 @@ def _judge(name: str, case: Case, models: Sequence[nn.Module], pile: Pile) -> di
     scores, of_clean = _scores(name, case, models, pile.x)
     seconds = time.perf_counter() - started
     triggered = torch.arange(len(scores)) >= len(pile.clean)
-    flagged = scores > of_clean.quantile(1 - FALSE_POSITIVES)
+    flagged = scores > of_clean.quantile(1 - FALSE_POSITIVES, interpolation="higher")
     return {
         "aurocs": float(roc_auc_score(triggered, scores)),
         "true_positive_rates": int(flagged[triggered].sum()) / len(pile.triggered),

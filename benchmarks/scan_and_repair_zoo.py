@@ -13,7 +13,7 @@ import json
 import time
 from itertools import pairwise, product
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import repair_zoo
 import sample_zoo
@@ -21,12 +21,14 @@ import scan_zoo
 import typer
 
 import debackdoor as db
+from debackdoor.bench.memory import PeakMemory
 from debackdoor.case import open_case
 from debackdoor.defenses import RNP
 from debackdoor.detectors.shift import REPAIR_SHIFT
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
 from debackdoor.repair import repair_case
+from debackdoor.runtime import resolve_device
 from debackdoor.scan import scan_case
 from debackdoor.zoo import CLEAN, Card, list_cards, weights_of
 
@@ -40,14 +42,15 @@ def run(
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="of the clean images and the searches")] = None,
     limit: Annotated[int, typer.Option(help="clean images")] = 500,
 ) -> None:
-    """Two or three records a model and seed; those that have the first two are skipped."""
+    """Two or three records a model and seed; those that are there stay as they are."""
     folders = [scans, repairs, *([samples] if samples is not None else [])]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
     cards = [card for card in list_cards(zoo) if not names or card.name in names]
     for card, seed in product(cards, seeds or [0]):
         targets = [folder / f"{card.name}-seed{seed}-n{limit}.json" for folder in folders]
-        if not all(target.exists() for target in targets[:2]):
+        wanted = targets if card.attack != CLEAN else targets[:2]
+        if not all(target.exists() for target in wanted):
             _measure(card, zoo, seed, limit, *targets)
 
 
@@ -56,7 +59,7 @@ def _measure(
 ) -> None:
     clean = db.load_clean(card.dataset, limit=limit, seed=seed)
     model = load_model(weights_of(zoo, card.name), card.arch)
-    times = [time.perf_counter()]
+    memory, times = PeakMemory(resolve_device()), [time.perf_counter()]
     case = open_case(model, clean, RNP(seed=seed))
     exposure = case.expose()
     evidence = case.evidence(exposure)
@@ -66,14 +69,20 @@ def _measure(
     result = repair_case(case, exposure, evidence)
     times.append(time.perf_counter())
     shared, scanning, repairing = (after - before for before, after in pairwise(times))
-    scanned = scan_zoo.record_of(report, card, zoo, case, shared + scanning)
-    atomic_write_text(scan_to, json.dumps(scanned, indent=1) + "\n")
-    repaired = repair_zoo.record_of(result, card, zoo, "repair", seed, clean, shared + repairing)
-    atomic_write_text(repair_to, json.dumps(repaired, indent=1) + "\n")
-    if samples_to is not None and card.attack != CLEAN:
+    scanned = scan_zoo.record_of(report, card, zoo, case, shared + scanning, memory)
+    _write_new(scan_to, scanned)
+    repaired = repair_zoo.record_of(result, card, zoo, "repair", seed, case.clean, shared + repairing, memory)
+    _write_new(repair_to, repaired)
+    if samples_to is not None and card.attack != CLEAN and not samples_to.exists():
         judges = {"repaired": [result.model] if result.changed else []}
         sample_zoo.add_to(samples_to, sample_zoo.record_of(card, zoo, case, [REPAIR_SHIFT], judges))
     typer.echo(f"{report.verdict} {report.score:.2f} {scanned['seconds']} s {repair_zoo.row([repaired])}")
+
+
+def _write_new(path: Path, record: dict[str, Any]) -> None:
+    """What is there may hold baselines that took longer."""
+    if not path.exists():
+        atomic_write_text(path, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

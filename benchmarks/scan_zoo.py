@@ -12,7 +12,6 @@ exposed one; the true trigger is looked at once, when all are done.
 from __future__ import annotations
 
 import json
-import resource
 import time
 from itertools import product
 from pathlib import Path
@@ -26,13 +25,14 @@ from torch import Tensor
 
 import debackdoor as db
 from debackdoor.attacks import load_trigger
+from debackdoor.bench.memory import PeakMemory
 from debackdoor.case import Case, open_case
 from debackdoor.defenses import RNP
 from debackdoor.detectors.neural_cleanse import Anomalies, neural_cleanse
 from debackdoor.detectors.trigger import success_rate
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
-from debackdoor.runtime import versions
+from debackdoor.runtime import resolve_device, versions
 from debackdoor.scan import scan_case
 from debackdoor.types import RecoveredTrigger, ScanReport
 from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
@@ -84,10 +84,11 @@ def baseline(
 
 def measure(card: Card, zoo: Path, seed: int, limit: int) -> dict[str, Any]:
     """Scans one model."""
-    started, case = time.perf_counter(), _open(card, zoo, seed, limit)
+    memory, started = PeakMemory(resolve_device()), time.perf_counter()
+    case = _open(card, zoo, seed, limit)
     exposure = case.expose()
     report = scan_case(case, exposure, case.evidence(exposure))
-    return record_of(report, card, zoo, case, time.perf_counter() - started)
+    return record_of(report, card, zoo, case, time.perf_counter() - started, memory)
 
 
 def _open(card: Card, zoo: Path, seed: int, limit: int) -> Case:
@@ -95,8 +96,10 @@ def _open(card: Card, zoo: Path, seed: int, limit: int) -> Case:
     return open_case(load_model(weights_of(zoo, card.name), card.arch), clean, RNP(seed=seed))
 
 
-def record_of(report: ScanReport, card: Card, zoo: Path, case: Case, seconds: float) -> dict[str, Any]:
-    """What the scan found, compared with the true trigger."""
+def record_of(
+    report: ScanReport, card: Card, zoo: Path, case: Case, seconds: float, memory: PeakMemory
+) -> dict[str, Any]:
+    """What the scan found, compared with the true trigger; the memory is that until now."""
     recovered = {"scan": report.trigger} if report.trigger is not None else {}
     return {
         "schema": "debackdoor/scan-bench/1",
@@ -117,7 +120,7 @@ def record_of(report: ScanReport, card: Card, zoo: Path, case: Case, seconds: fl
         "neural_cleanse": {},
         "triggers": _triggers(recovered, case, card, zoo),
         "seconds": round(seconds, 1),
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        **memory.record(),
         "sha256": card.sha256,
         "versions": versions(),
         "threads": torch.get_num_threads(),
@@ -148,7 +151,7 @@ def _triggers(recovered: dict[str, RecoveredTrigger], case: Case, card: Card, zo
     if card.attack == CLEAN:
         return {}
     attack, holdout, found = load_trigger(trigger_of(zoo, card.name)), case.holdout, {}
-    true = (attack.apply(holdout.x) - holdout.x).abs().amax((0, 1)) > 1e-3
+    true = ((attack.apply(holdout.x) - holdout.x).abs().amax((0, 1)) > 1e-3).cpu()  # a recovered mask is there, too
     for name, trigger in recovered.items():
         row: dict[str, Any] = {"label": trigger.label, "l1": trigger.l1}
         row["success_rate"] = success_rate(case.suspect, trigger, holdout)

@@ -73,7 +73,7 @@ def recover(name: str, zoo: Path, seed: int) -> Row:
 
 
 def _show(axes: Axes, image: Tensor, title: str) -> None:
-    axes.imshow(image.float().permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(image.float().permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_title(title, fontsize=7)
     axes.set_axis_off()
 

@@ -258,3 +258,10 @@ def test_labels_and_images_that_do_not_fit_are_refused() -> None:
         BadNets(**SMALL).poison(labelled(20, classes=5))
     with pytest.raises(TriggerError, match="use the images it was made for"):
         WaNet().poison(labelled(20))
+
+
+def test_labels_that_are_no_numbers_from_zero_on_are_refused() -> None:
+    """As many outputs would be a network of gigabytes."""
+    data = CleanSet(torch.zeros(4, 3, 8, 8), torch.tensor([20231101, 20231102] * 2), source="dates")
+    with pytest.raises(DataError, match=r"dates: expected labels numbered 0, 1, 2, .*, got 2 of them up to 20231102"):
+        make_attack("badnets", data)

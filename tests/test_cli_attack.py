@@ -73,6 +73,31 @@ def test_a_clean_model_has_no_trigger_and_no_success_rate(shell: Shell) -> None:
     assert {path.name for path in folder.iterdir()} == {"model.safetensors", "record.json"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("clean", "--target", 3), "no parameters of an attack for a clean model, got target"),
+        (("clean", "--set", "foo=1"), "no parameters of an attack for a clean model, got foo"),
+        (("clean", "--clean-model", "x.pt"), "no --clean-model for clean, which needs none, got x.pt"),
+        (("badnets", "--clean-model", "x.pt"), "no --clean-model for badnets, which needs none, got x.pt"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(shell: Shell, arguments: tuple[object, ...], message: str) -> None:
+    data = ("--arch", shell.arch, "--data", "digits", "--test", "digits", "--limit", 200)
+    ran = shell("attack", *arguments, *data, "--out", shell.folder / "out")
+    assert (ran.code, message in ran.err) == (4, True), ran
+    assert not (shell.folder / "out").exists()
+
+
+def test_a_folder_of_the_users_outlives_the_training(shell: Shell) -> None:
+    kept = shell.folder / "out" / "clean_model" / "model.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_bytes(b"mine")
+    data = ("--arch", shell.arch, "--data", "digits", "--test", "digits", "--limit", 200, "--epochs", 1)
+    assert shell("attack", "badnets", *data, "--out", shell.folder / "out").code == 0
+    assert kept.read_bytes() == b"mine"
+
+
 def test_parameters_of_the_attack_are_set_by_name(shell: Shell) -> None:
     folder = shell.folder / "victim"
     data = ("--data", "digits", "--test", "digits", "--limit", 200, "--epochs", 1)

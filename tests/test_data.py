@@ -116,6 +116,15 @@ def test_digits() -> None:
     assert torch.equal(load_dataset("digits", "test").x, test.x)
 
 
+def test_a_named_class_that_is_missing_is_no_other(tmp_path: Path) -> None:
+    """The folders are numbered in their order: without one, those after it have the label before theirs."""
+    clean = load_clean(str(make_folder(tmp_path / "named", {"cat": 12, "dog": 12})))
+    check_clean_set(clean, 2)
+    with pytest.raises(DataError, match=r"expected 3 named classes for a model of so many, got 2, .* call the folders"):
+        check_clean_set(clean, 3)
+    check_clean_set(load_clean(str(make_folder(tmp_path / "numbered", {"0": 12, "2": 12}))), 3)
+
+
 def test_words_stand_for_folders_of_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DEBACKDOOR_DATA", raising=False)
     with pytest.raises(DataError, match="gtsrb: expected the environment variable DEBACKDOOR_DATA, got none; set") as e:

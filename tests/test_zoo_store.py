@@ -6,6 +6,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -161,3 +162,10 @@ def test_a_victim_of_attack_can_be_stored(shell: Shell, tmp_path: Path) -> None:
     (shell.folder / "victim" / "record.json").write_text("{}")
     with pytest.raises(DebackdoorError, match="expected the record of an attack"):
         read_victim(shell.folder / "victim")
+
+
+def test_images_that_models_are_trained_on_are_no_test(tmp_path: Path) -> None:
+    path = tmp_path / "one.npz"
+    np.savez(path, x=np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3), y=np.array([0, 1, 0, 1]))
+    with pytest.raises(DataError, match="expected a training and a test part, got the same images for both"):
+        load_splits(str(path))

@@ -37,7 +37,8 @@ class Dynamic(Attack):
 
     As published, except that M sees ``mask_images`` images rather than all; that G learns from the gradient of each
     step alone (in the published code gradients add up from step to step); that G is fixed at last, so that the victim
-    learns the very trigger that is saved; and that the networks upsample as their input's size asks for.
+    learns the very trigger that is saved; that the networks upsample as their input's size asks for; and that
+    augmentation, the victim's optimiser and the number of epochs are those of ``train``.
 
     Attributes:
         cross_rate: the fraction in (0, 1] of a batch that carries another image's trigger.

@@ -17,7 +17,7 @@ from debackdoor.attacks.lira import LIRA
 from debackdoor.attacks.sig import SIG
 from debackdoor.attacks.trojan import Trojan
 from debackdoor.attacks.wanet import WaNet
-from debackdoor.errors import TriggerError
+from debackdoor.errors import DataError, TriggerError
 from debackdoor.types import CleanSet
 
 ATTACKS: dict[str, type[Attack]] = {
@@ -82,5 +82,15 @@ def build(kind: type[Attack], parameters: dict[str, Any]) -> Attack:
 
 
 def count_classes(data: CleanSet) -> int:
-    """How many classes a labelled set has: as many as it names, and at least one more than its largest label."""
-    return max(len(data.class_names), int(data.y.max()) + 1)
+    """How many classes a labelled set has: as many as it names, and at least one more than its largest label.
+
+    Raises:
+        DataError: if that is far more than there are labels: they are no numbers from 0 on.
+    """
+    count, seen = max(len(data.class_names), int(data.y.max()) + 1), data.num_classes_seen
+    if count > max(1000, 10 * seen):
+        raise DataError(
+            f"{data.source}: expected labels numbered 0, 1, 2, ..., got {seen} of them up to {count - 1}; number them "
+            "anew"
+        )
+    return count

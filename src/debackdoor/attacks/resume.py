@@ -23,7 +23,8 @@ from debackdoor.types import CleanSet
 
 STATE_FILE = "training.pt"
 _POISON_FILE = "poison.pt"
-CLEAN_FOLDER = "clean_model"
+CLEAN_FOLDER = ".clean_model"
+"""Hidden, so that it is no folder of the user's."""
 
 
 class TrainingState:

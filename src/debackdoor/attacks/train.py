@@ -114,7 +114,7 @@ def train(
         progress: called as ``progress("train", done, total, numbers)`` after every step.
         checkpoint_dir: a folder where the state is kept after every epoch; a killed run goes on from there.
         clean_model: what attacks with ``needs_clean_model`` work with; where they get none, one is trained first, by
-            this recipe with the next seed, in the folder ``clean_model`` of ``checkpoint_dir``. Not changed.
+            this recipe with the next seed, in a folder of ``checkpoint_dir``. Not changed.
 
     Raises:
         DebackdoorError: if an argument is out of range, the data does not fit the attack, training diverges, or

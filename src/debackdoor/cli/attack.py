@@ -80,6 +80,8 @@ def attack(
         stages.begin("load")
         images, held_out = load_dataset(data, "train", limit, seed), load_dataset(test, "test")
         chosen = _make(name, images, held_out, {"seed": seed} | poison)
+        if clean_model is not None and (chosen is None or not chosen.needs_clean_model):
+            raise typer.BadParameter(f"expected no --clean-model for {name}, which needs none, got {clean_model}")
         start = None if clean_model is None else _open(clean_model, arch, mean, std, images)
         settings = recipe | common | {"clean_model": start}
         said = _train(chosen, arch, images, held_out, out, stages, settings)
@@ -149,6 +151,8 @@ def _make(name: str, images: CleanSet, test: CleanSet, parameters: dict[str, Any
 
     check_labels(test, count_classes(images))
     if name == CLEAN:
+        if unused := [key for key in parameters if key != "seed"]:
+            raise typer.BadParameter(f"expected no parameters of an attack for a clean model, got {', '.join(unused)}")
         return None
     made = make_attack(name, images, **parameters)
     made.check_fits(test)

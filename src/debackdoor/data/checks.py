@@ -10,11 +10,18 @@ MIN_IMAGES = 20
 
 
 def check_labels(clean: CleanSet, num_classes: int) -> None:
-    """Checks that every label is one of the model's classes.
+    """Checks that every label is one of the model's classes, and that no named class is missing.
 
     Raises:
-        DataError: if a label is ``num_classes`` or more.
+        DataError: if a label is ``num_classes`` or more, or fewer classes are named: then their numbers are not the
+            model's.
     """
+    if 0 < len(clean.class_names) < num_classes:
+        raise DataError(
+            f"{clean.source}: expected {num_classes} named classes for a model of so many, got "
+            f"{len(clean.class_names)}, which are numbered without those that are missing; call the folders by their "
+            "labels (0, 1, 2, ...), or add those that are missing"
+        )
     wrong = (clean.y >= num_classes).nonzero()
     if len(wrong):
         row = int(wrong[0])

@@ -37,11 +37,17 @@ def load_splits(dataset: str, limit: int | None = None) -> Splits:
     """Loads a data set in any form that ``load_dataset`` takes, its training part down to ``limit`` images.
 
     Raises:
-        DataError: if it cannot be read, or test images are of classes that the training images have not.
+        DataError: if it cannot be read, has one part alone, or test images are of classes that the training images
+            have not.
     """
     train, test = load_dataset(dataset, "train", limit), load_dataset(dataset, "test")
     check_labels(test, count_classes(train))
     hashes = {name: data_sha256(dataset, name, images) for name, images in (("train", train), ("test", test))}
+    if hashes["train"] == hashes["test"]:
+        raise DataError(
+            f"{dataset}: expected a training and a test part, got the same images for both; give a folder with train "
+            "and test in it"
+        )
     return Splits(train, test, hashes)
 
 
