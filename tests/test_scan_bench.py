@@ -70,7 +70,7 @@ def test_every_network_is_tried_with_the_threshold_of_the_others(tables: ModuleT
     assert tables.calibration(RECORDS).splitlines()[2:] == [
         "| net-a | 0.40 | 1 of 1 | 1 of 1 |",
         "| net-b | 1.30 | 0 of 1 | 1 of 2 |",
-        "| **all** | 1.00 | 1 of 2 | 2 of 3 |",
+        "| **sum** | - | 1 of 2 | 2 of 3 |",
     ]
 
 

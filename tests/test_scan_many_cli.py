@@ -183,7 +183,7 @@ def test_the_executor_gets_what_was_asked_for(
         {"executor": "local", "workers": 2, "threads": 4, **nothing},
         {"executor": "local", "workers": 3, "threads": 2, **nothing},
         {"executor": "ray", "workers": 2, "threads": 4, "address": None, "gpus": 1},
-        {"executor": "ray", "workers": 3, "threads": 1, "address": "auto", "gpus": 0},
+        {"executor": "ray", "workers": None, "threads": 1, "address": "auto", "gpus": 0},
         {"executor": "ray", "workers": 7, "threads": 1, "address": "auto", "gpus": 0},
     ]
 

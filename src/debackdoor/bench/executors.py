@@ -47,5 +47,5 @@ def execute(
         MissingDependencyError: if Ray is wanted and does not import.
     """
     if executor == "local":
-        return run_local(work, items, workers=workers or 1, threads=threads, retries=retries)
+        return run_local(work, items, workers=1 if workers is None else workers, threads=threads, retries=retries)
     return run_ray(work, items, address=address, workers=workers, cpus=threads, gpus=gpus, retries=retries)
