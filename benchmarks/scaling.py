@@ -5,7 +5,7 @@
     python benchmarks/scaling.py table benchmarks/results/scaling --into docs/scaling.md
     python benchmarks/scaling.py draw benchmarks/results/scaling --out docs/figures
 
-Nothing else should run meanwhile. Networks are trained once, with a BadNets backdoor, and kept in the folder of
+Nothing else should run meanwhile. Networks are trained once, with a Blend backdoor, and kept in the folder of
 ``--models``. Beside the seconds every record counts the images that went through the network, which do not depend on
 the machine.
 """

@@ -14,6 +14,7 @@ from debackdoor.detectors.margin import Margins, largest_margins
 from debackdoor.detectors.perturbations import Additive, Sizes
 from debackdoor.detectors.shortcut import AWAY_STARTS, Shortcuts, find_shortcuts
 from debackdoor.detectors.squares import Squares, find_squares
+from debackdoor.fusing import fused
 from debackdoor.types import CleanSet, Progress
 
 LEADS_ANYWHERE, HALVINGS = 0.4, 2
@@ -51,6 +52,7 @@ class Examination:
 
     def __call__(self, model: nn.Module, first: int) -> Evidence:
         """Margins and squares of all labels, shortcuts to ``first`` and those with the largest margins, and away."""
+        model = fused(model, self.fit.x[:2])
         margins = self._margins(model)
         by_margin = [int(label) for label in np.argsort(margins.values)[::-1] if label != first]
         shortcuts = self._shortcuts(model, [first, *by_margin][:MOST_LABELS], AWAY_STARTS)
@@ -61,6 +63,7 @@ class Examination:
 
         Not every search finds an all-to-all backdoor; this one has no other aims beside it.
         """
+        model = fused(model, self.fit.x[:2])
         fresh, shortcuts = replace(self, seed=self.seed + 1), found.shortcuts
         more = fresh._shortcuts(model, (), AWAY_STARTS)
         if more.spread > shortcuts.spread:
@@ -81,6 +84,7 @@ class Examination:
 
     def again(self, model: nn.Module, before: Evidence) -> Evidence:
         """The same for a repaired model from a new start, with shortcuts to the suspects and a few labels beside."""
+        model = fused(model, self.fit.x[:2])
         suspects = list(before.reasons)
         others = [label for label in before.shortcuts.rates["patch"] if label not in suspects][:COMPARED]
         away = AWAY_STARTS if before.all_to_all else 0

@@ -29,6 +29,9 @@ OVERLAP = 1 / 3
 TRIED_ON = 32
 """Images that the squares are tried on; others judge the best."""
 
+TOGETHER = 8
+"""Squares that are tried in one forward pass: a pass of one square's few images leaves the machine waiting."""
+
 ODD_SIDE, ODD_PLACE = 0.3, 0.3
 """How far side and place of a jittered square are from those that were found, as shares of its side."""
 
@@ -107,8 +110,9 @@ def find_squares(
     most = torch.full((num_classes,), -1.0)
     best: dict[int, Square] = {}
     for done, colour in enumerate(palette, start=1):
-        for square in _everywhere(x.shape[2:], colour):
-            reached = _rates(predict(model, square.apply(x), precision=precision).argmax(1), y, num_classes)
+        squares = list(_everywhere(x.shape[2:], colour))
+        for square, answers in zip(squares, _answers(model, squares, x, precision), strict=True):
+            reached = _rates(answers, y, num_classes)
             for label in (reached > most).nonzero()[:, 0].tolist():
                 most[label], best[label] = reached[label], square
         if progress is not None:
@@ -141,6 +145,13 @@ def _places(length: int, side: int) -> list[int]:
     """Evenly spaced first pixels, from one end to the other."""
     count = math.ceil((length - side) / (side * (1 - OVERLAP))) + 1
     return sorted({round((length - side) * place / max(1, count - 1)) for place in range(count)})
+
+
+def _answers(model: nn.Module, squares: Sequence[Square], x: Tensor, precision: str) -> Iterator[Tensor]:
+    """The model's labels for the images under each of the squares, a few of which share a forward pass."""
+    for first in range(0, len(squares), TOGETHER):
+        batch = torch.cat([square.apply(x) for square in squares[first : first + TOGETHER]])
+        yield from predict(model, batch, precision=precision).argmax(1).split(len(x))
 
 
 def _rates(answers: Tensor, y: Tensor, num_classes: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from debackdoor.fusing import fused
 from debackdoor.models.forward import logits_of, margins_of, predict
 from debackdoor.runtime import at_most, autocast, generator
 from debackdoor.types import CleanSet, Progress, RecoveredTrigger
@@ -110,7 +111,7 @@ def recover_trigger(
 
     Args:
         suspect: the model under suspicion, in eval mode; it gets no gradients.
-        exposed: its unlearned copy.
+        exposed: its unlearned copy, in eval mode.
         fit: images that the search learns from.
         holdout: images that judge the success, always on the suspect model.
         label: where the trigger leads.
@@ -120,6 +121,7 @@ def recover_trigger(
         progress: called after every step.
     """
     settings = settings or SearchSettings(steps=200, success=0.95)
+    suspect, exposed = (fused(model, fit.x[:2]) for model in (suspect, exposed))
 
     def search(model: nn.Module) -> RecoveredTrigger:
         (found,) = search_triggers(
