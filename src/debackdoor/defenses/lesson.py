@@ -17,6 +17,7 @@ from debackdoor.detectors.perturbations import Sizes
 from debackdoor.detectors.squares import Square, stamped
 from debackdoor.detectors.universal import Aim, UniversalSearch
 from debackdoor.errors import check_positive
+from debackdoor.fusing import fused
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, logits_of
 from debackdoor.rnp.modes import normalisation_in_train_mode
@@ -121,6 +122,7 @@ class Lesson:
         self.random, self.queue = generator(seed), list[Tensor]()
         self.mask = plan_mask(layers, plan, fit.x.device)
         self.triggers = UniversalSearch(aims, fit.x, settings.sizes, seed) if aims else None
+        self.answering = fused(teacher, fit.x[:2])
         self.student = copied(teacher).requires_grad_(True)
         self.parameters = dict(self.student.named_parameters())
         self.buffers = dict(self.student.named_buffers())
@@ -137,7 +139,8 @@ class Lesson:
         s = self.settings
         if self.triggers is not None:
             # Where the backdoor is whole, what is found comes nearer to its trigger than after pruning.
-            self.triggers.run(self.suspect, self.fit, s.head_start, precision=self.precision, progress=progress)
+            suspect = fused(self.suspect, self.fit.x[:2])
+            self.triggers.run(suspect, self.fit, s.head_start, precision=self.precision, progress=progress)
         normalisation_in_train_mode(self.student)
         for step in range(1, s.steps + 1):
             for group in self.optimizer.param_groups:
@@ -179,13 +182,13 @@ class Lesson:
         moves = [torch.zeros_like(value) for value in found]
         self.optimizer.zero_grad()
         for part in batch.split():
+            if self.triggers is not None:
+                some = torch.autograd.grad(self._attack(part) / len(batch.trigger), found, allow_unused=True)
+                moves = [a if b is None else a + b for a, b in zip(moves, some, strict=True)]
             clean, triggered, wanted = self._answers(part)
             share = len(part.y) / len(batch.y)
             loss = share * self._clean_loss(clean, wanted[: len(clean)], part.y)
             if self.triggers is not None:
-                attack = self._attack(triggered, part) / len(batch.trigger)
-                some = torch.autograd.grad(attack, found, retain_graph=True, allow_unused=True)
-                moves = [a if b is None else a + b for a, b in zip(moves, some, strict=True)]
                 away = self._triggered_loss(triggered, wanted[len(clean) :], part.triggered_y)
                 loss = loss + self.settings.triggers * len(triggered) / len(batch.triggered_y) * away
             torch.autograd.backward(loss, inputs=list(self.parameters.values()))
@@ -201,9 +204,9 @@ class Lesson:
         """The student's logits on clean and mixed images, those on images with a trigger, and the teacher's on all."""
         with autocast(batch.seen.device, self.precision):
             with torch.no_grad():
-                wanted = logits_of(self.teacher(batch.taught.clone())).float()  # it may work in place
+                wanted = logits_of(self.answering(batch.taught.clone())).float()  # it may work in place
             # Under the mask a pruned channel gets no gradient: it cannot grow again and bring the backdoor back.
-            seen = batch.seen
+            seen = batch.seen.detach()
             logits = masked_call(self.student, self.layers, self.mask, seen, self.parameters, self.buffers).float()
         clean = 2 * len(batch.y)
         return logits[:clean], logits[clean:], wanted
@@ -217,12 +220,20 @@ class Lesson:
     def _triggered_loss(self, logits: Tensor, wanted: Tensor, y: Tensor) -> Tensor:
         return (F.cross_entropy(logits, y) + _distance(logits, wanted, self.settings.temperature)) / 2
 
-    def _attack(self, triggered: Tensor, batch: Batch) -> Tensor:
-        """What the triggers descend. Each is drawn a few times in a batch, and the sum is brought to one image each."""
+    def _attack(self, batch: Batch) -> Tensor:
+        """What the triggers descend. Each is drawn a few times in a batch, and the sum is brought to one image each.
+
+        The student answers them as it will when it has learned, in eval mode; a pass of their few images alone takes
+        less time than another way back through all of the batch.
+        """
         assert self.triggers is not None
-        searched = len(batch.trigger)
-        loss = self.triggers.loss(triggered[:searched], batch.triggered_y[:searched], batch.trigger)
-        return loss * len(self.triggers)
+        first, searched = 2 * len(batch.y), len(batch.trigger)
+        seen = batch.seen[first : first + searched]
+        self.student.eval()
+        with autocast(seen.device, self.precision):
+            logits = masked_call(self.student, self.layers, self.mask, seen).float()
+        normalisation_in_train_mode(self.student)
+        return self.triggers.loss(logits, batch.triggered_y[:searched], batch.trigger) * len(self.triggers)
 
 
 def _schedule(done: float, warm_up: float) -> float:
