@@ -114,9 +114,12 @@ class Counting(nn.Module):
 
 
 def _measure(point: Point, models: Path, train_on: int, epochs: int) -> dict[str, Any]:
-    train = _images(point)
-    name = point.name.rsplit("-", 1)[0]
-    model, _ = victim_of(name, f"resnet18-w{point.width}", _some(train, train_on, seed=0), models, epochs)
+    train, arch = _images(point), f"resnet18-w{point.width}"
+    if point.classes:
+        name, few = f"gtsrb{point.classes}-w{point.width}", _some(train, train_on, seed=0)
+    else:  # the networks that speed.py trains
+        name, few = arch, load_dataset("cifar10", "train", train_on)
+    model, _ = victim_of(name, arch, few, models, epochs)
     clean = _some(train, point.images, seed=1)
     found: dict[str, Any] = {
         "parameters": sum(value.numel() for value in model.parameters()),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,22 +59,34 @@ def run(
     pairs: Annotated[int, typer.Option(help="times that each is timed")] = 3,
     images: Annotated[int, typer.Option(help="clean images")] = 500,
 ) -> None:
-    """One record a network; finished ones are skipped."""
+    """One record a network, written after every pair; finished ones are skipped, others go on."""
     out.mkdir(parents=True, exist_ok=True)
     for case in (CASES[name] for name in names or CASES):
         target = out / f"{case.name}.json"
-        if target.exists():
+        record = json.loads(target.read_text()) if target.exists() else {}
+        if record and not (case.whole and len(record.get("whole", [])) < pairs):
             continue
         typer.echo(case.name)
-        if case.arch is not None and case.whole:
-            model, attack = victim_of(case.name, case.arch, load_dataset("cifar10", "train", train_on), models, epochs)
-        else:
-            model, attack = random_network(case), None
+        model, attack = _network(case, models, train_on, epochs)
         clean = images_of(case, images if case.whole else 2 * case.batch)
-        record = head(case, model, clean) | {"loops": time_loops(case, model, clean, pairs)}
+        if not record:
+            record = head(case, model, clean) | {"loops": time_loops(case, model, clean, pairs)}
+            _write(target, record)
         if attack is not None:
-            record["whole"] = time_repairs(model, attack, clean, pairs)
-        atomic_write_text(target, json.dumps(record, indent=1) + "\n")
+            record.setdefault("scan", _scan(model, clean))
+            for row in time_repairs(model, attack, clean, pairs - len(record.setdefault("whole", []))):
+                record["whole"].append(row)
+                _write(target, record)
+
+
+def _network(case: Case, models: Path, train_on: int, epochs: int) -> tuple[nn.Module, Attack | None]:
+    if case.arch is None or not case.whole:
+        return random_network(case), None
+    return victim_of(case.name, case.arch, load_dataset("cifar10", "train", train_on), models, epochs)
+
+
+def _write(target: Path, record: dict[str, Any]) -> None:
+    atomic_write_text(target, json.dumps(record, indent=1) + "\n")
 
 
 def head(case: Case, model: nn.Module, clean: CleanSet) -> dict[str, Any]:
@@ -106,7 +118,7 @@ def time_loops(case: Case, model: nn.Module, clean: CleanSet, pairs: int) -> lis
     return rows
 
 
-def time_repairs(model: nn.Module, attack: Attack, clean: CleanSet, pairs: int) -> list[dict[str, Any]]:
+def time_repairs(model: nn.Module, attack: Attack, clean: CleanSet, pairs: int) -> Iterator[dict[str, Any]]:
     """Whole repairs, ours and the published procedure, turn by turn."""
     test = db.load_clean("cifar10", limit=None, split="test")
     few = test.subset(torch.randperm(len(test), generator=generator(0))[: len(test) // SCALE])
@@ -115,12 +127,11 @@ def time_repairs(model: nn.Module, attack: Attack, clean: CleanSet, pairs: int) 
         found = asdict(evaluate(model, few, attack, precision="fp32"))
         return {name: value for name, value in found.items() if not name.endswith("images")}
 
-    rows = []
     for _ in range(pairs):
         row = {"ours": _ours(model, clean, measure), "published": _published(model, clean, measure)}
+        row |= {"commit": commit(), "threads": torch.get_num_threads()}
         typer.echo(speed_tables.whole_line(row))
-        rows.append(row)
-    return rows
+        yield row
 
 
 class Stages:
@@ -147,7 +158,6 @@ def _ours(model: nn.Module, clean: CleanSet, measure: Callable[[nn.Module], dict
         **peak,
         "changed": result.changed,
         "after": measure(result.model),
-        "scan": _scan(model, clean),
     }
 
 
@@ -198,7 +208,7 @@ def repair_large(
         seconds = time.perf_counter() - started
         record = head(case, model, clean) | {"memory": memory, "seconds": seconds, "stages": stages.seconds}
         record |= peak.record() | {"changed": result.changed}
-        atomic_write_text(target, json.dumps(record, indent=1) + "\n")
+        _write(target, record)
         typer.echo(f"{case.name}: {seconds:.0f} s, {record['peak_memory_mib']} MiB, changed: {result.changed}")
 
 
