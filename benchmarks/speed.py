@@ -64,17 +64,20 @@ def run(
     for case in (CASES[name] for name in names or CASES):
         target = out / f"{case.name}.json"
         record = json.loads(target.read_text()) if target.exists() else {}
-        if record and not (case.whole and len(record.get("whole", [])) < pairs):
+        if record and all(len(record.get(part, [])) >= pairs for part in ("loops", "whole")[: 1 + case.whole]):
             continue
         typer.echo(case.name)
         model, attack = _network(case, models, train_on, epochs)
         clean = images_of(case, images if case.whole else 2 * case.batch)
-        if not record:
-            record = head(case, model, clean) | {"loops": time_loops(case, model, clean, pairs)}
+        record = record or head(case, model, clean) | {"loops": []}
+        for row in time_loops(case, model, clean, pairs - len(record["loops"])):
+            record["loops"].append(row)
             _write(target, record)
         if attack is not None:
             record.setdefault("scan", _scan(model, clean))
-            for row in time_repairs(model, attack, clean, pairs - len(record.setdefault("whole", []))):
+            record.setdefault("whole", [])
+            _write(target, record)
+            for row in time_repairs(model, attack, clean, pairs - len(record["whole"])):
                 record["whole"].append(row)
                 _write(target, record)
 
@@ -103,19 +106,19 @@ def head(case: Case, model: nn.Module, clean: CleanSet) -> dict[str, Any]:
     }
 
 
-def time_loops(case: Case, model: nn.Module, clean: CleanSet, pairs: int) -> list[dict[str, Any]]:
+def time_loops(case: Case, model: nn.Module, clean: CleanSet, pairs: int) -> Iterator[dict[str, Any]]:
     """Images a second of unlearning and recovery, ours and published, turn by turn; the share of the GEMM rate."""
+    if pairs < 1:
+        return
     kinds = {"ours": our_loops(model, clean, case.batch), "published": published_loops(model, clean, case.batch)}
     passes = {kind: {name: passes_for(loop) for name, loop in loops.items()} for kind, loops in kinds.items()}
-    rows = []
     for _ in range(pairs):
-        row: dict[str, Any] = {"gemm": gemm_rates(1)}
+        row: dict[str, Any] = {"gemm": gemm_rates(1), "commit": commit(), "threads": torch.get_num_threads()}
         for kind, loops in kinds.items():
             rates = {name: rate(loop, len(clean), passes[kind][name]) for name, loop in loops.items()}
             row[kind] = {name: {"images": value, "flops": loops[name].flops * value} for name, value in rates.items()}
         typer.echo(speed_tables.loop_line(row))
-        rows.append(row)
-    return rows
+        yield row
 
 
 def time_repairs(model: nn.Module, attack: Attack, clean: CleanSet, pairs: int) -> Iterator[dict[str, Any]]:
@@ -164,7 +167,7 @@ def _ours(model: nn.Module, clean: CleanSet, measure: Callable[[nn.Module], dict
 def _scan(model: nn.Module, clean: CleanSet) -> dict[str, Any]:
     started = time.perf_counter()
     report = db.scan(model, clean)
-    return {"seconds": time.perf_counter() - started, "verdict": report.verdict}
+    return {"seconds": time.perf_counter() - started, "verdict": report.verdict, "commit": commit()}
 
 
 def _published(model: nn.Module, clean: CleanSet, measure: Callable[[nn.Module], dict[str, float]]) -> dict[str, Any]:

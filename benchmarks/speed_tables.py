@@ -35,8 +35,8 @@ _LARGE = _header("network", "parameters", "clean images", "limit, GiB", "peak, M
 
 def render(records: Sequence[Record]) -> dict[str, str]:
     """The tables by the name of their markers."""
-    loops = [record for record in records if "loops" in record]
-    whole = [record for record in records if "whole" in record]
+    loops = [record for record in records if record.get("loops")]
+    whole = [record for record in records if record.get("whole")]
     large = [record for record in records if "memory" in record]
     return {
         "speed-loops": "\n".join([_LOOPS, *map(_loop_row, loops)]),
