@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from jsonschema import Draft202012Validator
+from safetensors.torch import save_file
 from torch import nn
 
 import report_cases
 from cli_cases import Shell
+from debackdoor.data import load_clean
 from debackdoor.files import sha256_of
 from debackdoor.report import load_schema
 from debackdoor.types import CleanSet, ScanReport
@@ -283,6 +286,21 @@ def test_errors_from_within(shell: Shell, stand_in: StandIn, error: BaseExceptio
     assert message in ran.err
     assert not (shell.folder / "out.json").exists()
     assert "Traceback" in shell(*scan_of(shell, "--debug")).err
+
+
+def test_a_network_that_cannot_be_examined_is_exit_code_3(shell: Shell) -> None:
+    """One that works: the class means of the digits are its only layer."""
+    (shell.folder / "flat.py").write_text(
+        "from torch import nn\n\n\ndef make():\n    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))\n"
+    )
+    digits = load_clean("digits")
+    means = torch.stack([digits.x[digits.y == label].flatten(1).mean(0) for label in range(10)])
+    weights = {"1.weight": means, "1.bias": -means.square().sum(1) / 2}
+    save_file(weights, shell.folder / "flat.safetensors")
+    arch = f"{shell.folder / 'flat.py'}:make"
+    ran = shell("scan", shell.folder / "flat.safetensors", "--arch", arch, "--clean", "digits", "--limit", 100)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (3, "", 1)
+    assert "no channel that can be masked" in ran.err
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from debackdoor.detectors.evidence import FAINT, Evidence
 from debackdoor.detectors.examination import Examination
 from debackdoor.detectors.label import RUNS, largest_pile_up, most_repeated, repeated_shares, unlearn_parts
 from debackdoor.detectors.margin import FEWEST_CLASSES
-from debackdoor.errors import ChanceError, DebackdoorError, ModelError, check_positive
+from debackdoor.errors import ChanceError, DebackdoorError, ModelError, UnsupportedError, check_positive
 from debackdoor.memory import DEFAULT, images_within
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, logits_of, predict, trusted_precision
@@ -184,13 +184,13 @@ def _check_gradient(model: nn.Module, x: Tensor) -> None:
     """Checks that searches can find their way: rounding, or no_grad in the network, would leave them blind.
 
     Raises:
-        ModelError: if the logits say nothing of how to change the image.
+        UnsupportedError: if the logits say nothing of how to change the image.
     """
     image = x.clone().requires_grad_()
     total = logits_of(model(image.clone())).float().square().sum()
     found = torch.autograd.grad(total, image, allow_unused=True)[0] if total.requires_grad else None
     if found is None or not bool(found.any()):
-        raise ModelError(
+        raise UnsupportedError(
             "expected logits that follow the image by gradient, got some that do not; take rounding, integer "
             "conversion, torch.no_grad() and detach() out of the network's forward"
         )

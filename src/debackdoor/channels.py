@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from torch.nn.utils.parametrize import is_parametrized
 
 from debackdoor._graph import LAYERS, NORMS, Call, Use, classifier_outputs, trace, uses
-from debackdoor.errors import ModelError
+from debackdoor.errors import ModelError, UnsupportedError
 from debackdoor.models.forward import logits_of
 from debackdoor.models.stateless import call_with
 
@@ -58,7 +58,8 @@ def find_channels(model: nn.Module, example: Tensor) -> tuple[MaskableLayer, ...
         example: images that it takes, (N, C, H, W), on the model's device; N = 1 will do.
 
     Raises:
-        ModelError: if the model does not take the example, its logits carry no gradient, or nothing is maskable.
+        ModelError: if the model does not take the example, or its logits carry no gradient.
+        UnsupportedError: if nothing is maskable.
     """
     traced = trace(model, example)
     followers, classifier = uses(traced), classifier_outputs(traced)
@@ -73,7 +74,7 @@ def find_channels(model: nn.Module, example: Tensor) -> tuple[MaskableLayer, ...
         hint = "a linear classifier alone cannot be pruned"
         if any(map(is_parametrized, model.modules())):
             hint = "its weights are parametrised: call torch.nn.utils.parametrize.remove_parametrizations on each first"
-        raise ModelError(
+        raise UnsupportedError(
             f"expected a model with normalisation, convolution or hidden linear layers, got {type(model).__name__} "
             f"with no channel that can be masked; {hint}"
         )

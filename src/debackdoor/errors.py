@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class DebackdoorError(Exception):
-    """Base of every error this package raises on purpose. The command line prints it and exits with 2."""
+    """Base of every error this package raises on purpose. The command line prints it and exits with 2 or, rarely, 3."""
 
 
 class CheckpointError(DebackdoorError, ValueError):
@@ -17,6 +17,10 @@ class DataError(DebackdoorError, ValueError):
 
 class ModelError(DebackdoorError, ValueError):
     """An architecture is unknown, or a model does not behave like an image classifier."""
+
+
+class UnsupportedError(ModelError):
+    """A network that works but cannot be examined. The command line exits with 3, as where nothing can be told."""
 
 
 class ChanceError(ModelError):

@@ -9,7 +9,7 @@ from typing import IO, cast
 
 import typer
 
-from debackdoor.errors import DebackdoorError
+from debackdoor.errors import DebackdoorError, UnsupportedError
 
 OK = 0
 BACKDOORED = 1
@@ -36,7 +36,9 @@ def status_of(error: BaseException, debug: bool = False) -> int:
     if debug:
         traceback.print_exception(error)
     complain(_sentence(error))
-    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else ERROR
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return INCONCLUSIVE if isinstance(error, UnsupportedError) else ERROR
 
 
 def complain(text: str) -> None:
