@@ -202,7 +202,8 @@ def table(
 ) -> None:
     """Markdown tables: the points, the laws, many models, and the executors."""
     rows = [json.loads(path.read_text()) for path in sorted(records.glob("*-*.json"))]
-    found = json.loads((records / "workers.json").read_text())
+    workers = records / "workers.json"
+    found = json.loads(workers.read_text()) if workers.exists() else None
     for name, text in scaling_tables.render(rows, found).items():
         if into is None:
             typer.echo(text + "\n")

@@ -18,6 +18,9 @@ WORKERS = (1, 10, 100)
 
 MODELS = 10_000
 
+FEWEST = 3
+"""Points that a line is fitted to."""
+
 
 @dataclass(frozen=True)
 class Law:
@@ -55,20 +58,18 @@ def size(record: Record) -> float:
     return float(record[record["grows"]])
 
 
-def render(records: Sequence[Record], workers: Record) -> dict[str, str]:
-    """The tables by the name of their markers."""
+def render(records: Sequence[Record], workers: Record | None) -> dict[str, str]:
+    """The tables by the name of their markers, of what was measured."""
     by_name = series(records)
     costs = ("scan, s", "images through it", "repair, s", "images through it")
     points = _header("network", "clean images", "parameters", "channels", "classes", *costs)
     points += [_point(record) for rows in by_name.values() for record in rows]
     laws = _header("grows", "scan: s", "fit", "exponent", "repair: s", "fit", "exponent")
     laws += [_law(name, rows) for name, rows in by_name.items()]
-    return {
-        "scaling-points": "\n".join(points),
-        "scaling-laws": "\n".join(laws),
-        "scaling-many": _many(by_name["parameters"]),
-        "scaling-workers": _workers(workers),
-    }
+    tables = {"scaling-points": "\n".join(points), "scaling-laws": "\n".join(laws)}
+    if "parameters" in by_name:
+        tables["scaling-many"] = _many(by_name["parameters"])
+    return tables if workers is None else tables | {"scaling-workers": _workers(workers)}
 
 
 def _header(*names: str) -> list[str]:
@@ -94,6 +95,8 @@ def _point(record: Record) -> str:
 
 def _law(name: str, rows: Sequence[Record]) -> str:
     cells = [name]
+    if len(rows) < FEWEST:
+        return _row([name, *["-"] * 3 * len(ACTIONS)])
     for action in ACTIONS:
         found = law([size(record) for record in rows], [record[action]["seconds"] for record in rows])
         cells += [f"{found.fixed:.1f} + {found.slope:.3g} x", f"{found.fit:.3f}", f"{found.exponent:.2f}"]
@@ -128,8 +131,10 @@ def draw(records: Sequence[Record], path: Path) -> None:
         x = np.array([size(record) for record in rows])
         for action in ACTIONS:
             seconds = [record[action]["seconds"] for record in rows]
-            found = law(x.tolist(), seconds)
             (line,) = panel.plot(x, seconds, "o", label=action)
+            if len(rows) < FEWEST:
+                continue
+            found = law(x.tolist(), seconds)
             panel.plot(x, found.fixed + found.slope * x, color=line.get_color(), linewidth=1)
         panel.set(xlabel={"images": "clean images"}.get(name, name), ylabel="seconds", ylim=(0, None), xlim=(0, None))
     np.atleast_1d(panels)[0].legend()

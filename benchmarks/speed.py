@@ -64,22 +64,32 @@ def run(
     for case in (CASES[name] for name in names or CASES):
         target = out / f"{case.name}.json"
         record = json.loads(target.read_text()) if target.exists() else {}
-        if record and all(len(record.get(part, [])) >= pairs for part in ("loops", "whole")[: 1 + case.whole]):
+        if record and _finished(case, record, pairs):
             continue
         typer.echo(case.name)
         model, attack = _network(case, models, train_on, epochs)
         clean = images_of(case, images if case.whole else 2 * case.batch)
         record = record or head(case, model, clean) | {"loops": []}
+        if record["clean_images"] != len(clean):
+            raise typer.BadParameter(
+                f"{target}: expected a record of {len(clean)} clean images; delete it to begin anew"
+            )
         for row in time_loops(case, model, clean, pairs - len(record["loops"])):
             record["loops"].append(row)
             _write(target, record)
         if attack is not None:
-            record.setdefault("scan", _scan(model, clean))
-            record.setdefault("whole", [])
-            _write(target, record)
+            if "scan" not in record:
+                record |= {"scan": _scan(model, clean), "whole": []}
+                _write(target, record)
             for row in time_repairs(model, attack, clean, pairs - len(record["whole"])):
                 record["whole"].append(row)
                 _write(target, record)
+
+
+def _finished(case: Case, record: dict[str, Any], pairs: int) -> bool:
+    if len(record["loops"]) < pairs:
+        return False
+    return not case.whole or ("scan" in record and len(record["whole"]) >= pairs)
 
 
 def _network(case: Case, models: Path, train_on: int, epochs: int) -> tuple[nn.Module, Attack | None]:

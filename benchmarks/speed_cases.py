@@ -57,7 +57,7 @@ def victim_of(name: str, arch: str, train_on: CleanSet, folder: Path, epochs: in
 
     Of one sample in five and with small batches the backdoor is there after two or three passes.
     """
-    weights, trigger = folder / f"{name}.safetensors", folder / f"{name}.trigger"
+    weights, trigger = folder / f"{name}-blend.safetensors", folder / f"{name}-blend.trigger"
     if not weights.exists():
         attack = make_attack("blend", train_on, target=0, seed=0, poison_rate=0.2)
         trained = train(attack, arch, train_on, epochs=epochs, batch_size=64, lr=0.05, seed=0)

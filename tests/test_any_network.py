@@ -13,11 +13,15 @@ from torch import Tensor, nn
 
 import debackdoor as db
 from debackdoor.case import open_case
+from debackdoor.channels import find_channels
 from debackdoor.data.sampling import split_clean
 from debackdoor.defenses import ANP, FTSAM, MCR, NAD, RNP, Defense
+from debackdoor.defenses.lesson import RelearnSettings
 from debackdoor.defenses.nad import find_places
+from debackdoor.defenses.relearn import relearn
 from debackdoor.detectors.features import penultimate_features
 from debackdoor.detectors.trigger import MOST_AT_ONCE, SearchSettings, _Joint, search_triggers
+from debackdoor.detectors.universal import aims_at
 from debackdoor.errors import ModelError
 from debackdoor.runtime import at_once
 from debackdoor.types import CleanSet, RecoveredTrigger
@@ -34,6 +38,13 @@ class InPlace(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inner(x.sub_(0.1).div_(0.9))
+
+
+class Apart(InPlace):
+    """Normalises it in a place of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner((x - 0.1) / 0.9)
 
 
 class Chancy(nn.Module):
@@ -91,17 +102,24 @@ def test_defences_take_networks_that_keep_activations(defense: Defense) -> None:
 )
 def test_networks_that_work_in_place_learn_what_others_do(defense: Defense) -> None:
     """And the caller's images stay as they are."""
-
-    class Apart(InPlace):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner((x - 0.1) / 0.9)
-
     clean = quadrant_set()
     before = clean.x.clone()
     results = [defense(kind(quadrants()), clean).model.state_dict() for kind in (InPlace, Apart)]
     assert clean.x.equal(before)
     for name, value in results[0].items():
         assert value.allclose(results[1][name], atol=1e-5), name
+
+
+def test_a_lesson_of_a_network_that_works_in_place() -> None:
+    """Images with a trigger go through the student twice, once for the trigger's sake."""
+    images, settings = quadrant_set(60), RelearnSettings(steps=4, batch_size=16, head_start=2)
+    losses = []
+    for kind in (InPlace, Apart):
+        model = kind(quadrants()).eval()
+        layers = find_channels(model, images.x[:2])
+        done = relearn(model, layers, (), images, images, 1.0, aims_at([1]), settings=settings, precision="fp32")
+        losses.append([row["loss"] for row in done.history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_two_models_that_work_in_place_see_the_same_image() -> None:

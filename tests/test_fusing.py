@@ -96,6 +96,28 @@ class Asks(Net):
         return super().features(x) / self.norm.num_features
 
 
+class Insists(Net):
+    def features(self, x: Tensor) -> Tensor:
+        assert isinstance(self.norm, nn.BatchNorm2d)
+        return super().features(x)
+
+
+class Gated(Net):
+    """A branch that opens where the convolution says more than it ever does on images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = self.conv(x)
+        gate = (before.detach().amax((1, 2, 3)) > 0.99 * self.conv(torch.ones_like(x)).detach().max()).float()
+        return self.head(self.norm(before).relu().mean((2, 3))) * (1 + gate[:, None])
+
+
+class Stubborn(Net):
+    """Says to be in another mode than it is."""
+
+    def train(self, mode: bool = True) -> Stubborn:
+        return self
+
+
 class Special(nn.BatchNorm2d):
     pass
 
@@ -128,6 +150,8 @@ def test_small_networks(model: nn.Module) -> None:
         Both(),
         Twice(),
         Asks(),
+        Insists(),
+        Gated(),
         hooked(),
         Net(norm=Special(4)),
         Net(norm=nn.BatchNorm2d(4, track_running_stats=False)),
@@ -140,6 +164,14 @@ def test_small_networks(model: nn.Module) -> None:
 )
 def test_what_is_not_fused_stays_itself(model: nn.Module) -> None:
     assert fused(lived(model), images(2)) is model
+
+
+def test_a_network_that_overrides_train() -> None:
+    model = Stubborn()
+    model.conv.training = model.norm.training = False
+    found = fused(model, images(2))
+    assert norms(found) == 0
+    assert_same_answers(model, found, images())
 
 
 def test_a_network_that_breaks_stays_itself() -> None:

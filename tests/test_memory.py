@@ -12,8 +12,10 @@ from torch import Tensor, nn
 import debackdoor as db
 from cli_cases import Shell
 from debackdoor.channels import find_channels
-from debackdoor.defenses.lesson import Batch
+from debackdoor.defenses.lesson import Batch, RelearnSettings
+from debackdoor.defenses.relearn import relearn
 from debackdoor.detectors.trigger import SearchSettings, search_triggers
+from debackdoor.detectors.universal import aims_at
 from debackdoor.errors import DebackdoorError
 from debackdoor.memory import BESIDE, CLEAN_SETS, GIB, MODELS, MOST, RUNTIME, images_within
 from debackdoor.models.forward import predict, trusted_precision
@@ -75,6 +77,23 @@ def test_learning_in_parts_is_learning_from_the_whole() -> None:
     torch.testing.assert_close(masks_in_parts, masks, rtol=1e-4, atol=1e-6)
     assert not torch.equal(whole["1.weight"], model.state_dict()["1.weight"])
     assert masks.min() < 1
+
+
+def test_a_lesson_in_parts_is_the_lesson_from_the_whole() -> None:
+    """The triggers that move along with the student included."""
+    images, model = row_images(48), switched_to(2)
+    layers = find_channels(model, images.x[:2])
+    settings = RelearnSettings(steps=6, batch_size=12, head_start=2, triggered=6)
+
+    def learned() -> list[float]:
+        history = relearn(
+            model, layers, (), images, images, 1.0, aims_at([2]), settings=settings, precision="fp32"
+        ).history
+        return [row["loss"] for row in history]
+
+    whole = learned()
+    with at_once(10):
+        assert learned() == pytest.approx(whole, rel=1e-3)
 
 
 def test_triggers_searched_in_parts_are_the_same() -> None:

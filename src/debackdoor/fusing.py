@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from debackdoor._graph import Call, trace, uses
-from debackdoor.errors import ModelError
+from debackdoor._graph import Call, Trace, trace, uses
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import predict
+from debackdoor.runtime import generator
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Of these types exactly: a subclass may do something else."""
@@ -21,7 +22,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 SAME = 1e-3
-"""How far logits may be from those without fusing, as a share of the largest."""
+"""How far logits may be from those without fusing, as a share of the median of their sizes."""
 
 
 def fused(model: nn.Module, example: Tensor) -> nn.Module:
@@ -33,28 +34,41 @@ def fused(model: nn.Module, example: Tensor) -> nn.Module:
 
     Args:
         model: in eval mode; it is not changed.
-        example: a few images that it takes, (N, C, H, W), on its device.
+        example: a few images that it takes, (N, C, H, W) in [0, 1], on its device.
     """
     try:
         pairs = list(_pairs(model, example))
         if not pairs:
             return model
-        found = copied(model).eval().requires_grad_(False)
-        for convolution, norm in pairs:
-            layers: tuple[Any, Any] = found.get_submodule(convolution), found.get_submodule(norm)
-            _replace(found, convolution, fuse_conv_bn_eval(*layers))
-            _replace(found, norm, nn.Identity())
-        before, after = (predict(network, example, precision="fp32") for network in (model, found))
-    except (ModelError, AttributeError, RuntimeError, TypeError):  # of a network that asks its own layers for more
+        found = _with_fused(model, pairs)
+        return found if _same(model, found, example) else model
+    except Exception:  # a model is anyone's code, and may ask its own layers for more than an answer
         return model
-    same = bool(torch.isfinite(after).all()) and float((after - before).abs().max()) <= SAME * float(before.abs().max())
-    return found if same else model
+
+
+def _with_fused(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
+    found = copied(model).requires_grad_(False)
+    for module in found.modules():
+        module.training = False  # not eval(): a model may override train()
+    for convolution, norm in pairs:
+        layers: tuple[Any, Any] = found.get_submodule(convolution), found.get_submodule(norm)
+        _replace(found, convolution, fuse_conv_bn_eval(*layers))
+        _replace(found, norm, nn.Identity())
+    return found
+
+
+def _same(model: nn.Module, found: nn.Module, example: Tensor) -> bool:
+    """Whether both answer alike, also to what is no image: a branch may be silent on images."""
+    noise = torch.rand(example.shape, generator=generator(0)).to(example)
+    x = torch.cat([example, noise, torch.zeros_like(example[:1]), torch.ones_like(example[:1])])
+    before, after = (predict(network, x, precision="fp32") for network in (model, found))
+    return bool(((after - before).abs() <= SAME * before.abs().median()).all())
 
 
 def _pairs(model: nn.Module, example: Tensor) -> Iterator[tuple[str, str]]:
     """The names of convolutions and norms that may be fused."""
     traced = trace(model, example)
-    followers = uses(traced)
+    followers, takers = uses(traced), _takers(traced)
     times = Counter(call.module for call in traced.calls)
     owners = Counter(value for _, value in model.named_parameters(remove_duplicate=False))
     names = {module: name for name, module in model.named_modules()}
@@ -67,11 +81,26 @@ def _pairs(model: nn.Module, example: Tensor) -> Iterator[tuple[str, str]]:
 
     for call in traced.calls:
         found = followers.get(call.node, [])
-        if len(found) != 1 or not plain(call, CONVOLUTIONS):
+        if len(found) != 1 or takers[call.node] != 1 or not plain(call, CONVOLUTIONS):
             continue
         norm = found[0].call
         if norm.source is call.node and plain(norm, NORMS) and norm.module.running_mean is not None:
             yield names[call.module], names[norm.module]
+
+
+def _takers(traced: Trace) -> Counter[Node]:
+    """How often each node's output is taken, by whatever operation, on the way to the logits."""
+    counts: Counter[Node] = Counter()
+    seen, waiting = {traced.logits}, [traced.logits]
+    while waiting:
+        for before, _ in waiting.pop().next_functions:
+            if before is None:
+                continue
+            counts[before] += 1
+            if before not in seen:
+                seen.add(before)
+                waiting.append(before)
+    return counts
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -20,9 +20,10 @@ DEFAULT = 6.0
 RUNTIME = 0.6
 """GiB that Python and its libraries take before there is a model."""
 
-MODELS, CLEAN_SETS = 8, 3
+MODELS, CLEAN_SETS = 9, 3
 """Copies of the weights and of the clean images that a repair holds at most: the suspect, exposed, pruned and repaired
-model, two snapshots, gradients and momentum; all images, the two parts of them, and a few under perturbations."""
+model, two snapshots, gradients, momentum and one with fused layers; all images, the two parts of them, and a few under
+perturbations."""
 
 BESIDE = 1.5
 """What a step takes, as a multiple of what it keeps for the way back: the way back needs room of its own."""

@@ -139,8 +139,13 @@ class Lesson:
         s = self.settings
         if self.triggers is not None:
             # Where the backdoor is whole, what is found comes nearer to its trigger than after pruning.
-            suspect = fused(self.suspect, self.fit.x[:2])
-            self.triggers.run(suspect, self.fit, s.head_start, precision=self.precision, progress=progress)
+            self.triggers.run(
+                fused(self.suspect, self.fit.x[:2]),
+                self.fit,
+                s.head_start,
+                precision=self.precision,
+                progress=progress,
+            )
         normalisation_in_train_mode(self.student)
         for step in range(1, s.steps + 1):
             for group in self.optimizer.param_groups:
@@ -183,7 +188,9 @@ class Lesson:
         self.optimizer.zero_grad()
         for part in batch.split():
             if self.triggers is not None:
-                some = torch.autograd.grad(self._attack(part) / len(batch.trigger), found, allow_unused=True)
+                attack = self._attack(part) / len(batch.trigger)
+                # The parts of a batch share the way from the triggers to the images.
+                some = torch.autograd.grad(attack, found, retain_graph=True, allow_unused=True)
                 moves = [a if b is None else a + b for a, b in zip(moves, some, strict=True)]
             clean, triggered, wanted = self._answers(part)
             share = len(part.y) / len(batch.y)
@@ -228,7 +235,7 @@ class Lesson:
         """
         assert self.triggers is not None
         first, searched = 2 * len(batch.y), len(batch.trigger)
-        seen = batch.seen[first : first + searched]
+        seen = batch.seen[first : first + searched].clone()  # the student may work in place
         self.student.eval()
         with autocast(seen.device, self.precision):
             logits = masked_call(self.student, self.layers, self.mask, seen).float()

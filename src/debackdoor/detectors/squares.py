@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from debackdoor.models.forward import predict
-from debackdoor.runtime import generator
+from debackdoor.runtime import at_most, generator
 from debackdoor.types import CleanSet, Progress
 
 SIDES = (0.25, 0.35)
@@ -30,7 +30,7 @@ TRIED_ON = 32
 """Images that the squares are tried on; others judge the best."""
 
 TOGETHER = 8
-"""Squares that are tried in one forward pass: a pass of one square's few images leaves the machine waiting."""
+"""Squares that are tried in one forward pass, at most: a pass of one square's few images leaves the machine waiting."""
 
 ODD_SIDE, ODD_PLACE = 0.3, 0.3
 """How far side and place of a jittered square are from those that were found, as shares of its side."""
@@ -149,8 +149,9 @@ def _places(length: int, side: int) -> list[int]:
 
 def _answers(model: nn.Module, squares: Sequence[Square], x: Tensor, precision: str) -> Iterator[Tensor]:
     """The model's labels for the images under each of the squares, a few of which share a forward pass."""
-    for first in range(0, len(squares), TOGETHER):
-        batch = torch.cat([square.apply(x) for square in squares[first : first + TOGETHER]])
+    together = max(1, at_most(TOGETHER * len(x)) // len(x))
+    for first in range(0, len(squares), together):
+        batch = torch.cat([square.apply(x) for square in squares[first : first + together]])
         yield from predict(model, batch, precision=precision).argmax(1).split(len(x))
 
 
