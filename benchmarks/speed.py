@@ -3,6 +3,7 @@
     python benchmarks/speed.py run --models victims --out benchmarks/results/speed
     python benchmarks/speed.py repair-large --out benchmarks/results/speed
     python benchmarks/speed.py table benchmarks/results/speed --into docs/performance.md
+    python benchmarks/speed.py draw benchmarks/results/speed --out docs/figures
 
 A whole repair is timed with its verification; the published procedure with its evaluations of the test set, which are
 run on a tenth of the images and counted ten times, and without those after every pass. Nothing else should run
@@ -237,6 +238,16 @@ def table(
             typer.echo(text + "\n")
         else:
             replace_between(into, name, text)
+
+
+@app.command()
+def draw(
+    records: Annotated[Path, typer.Argument(help="folder of records")],
+    out: Annotated[Path, typer.Option(help="folder for the figure")],
+) -> None:
+    """Seconds of whole repairs and images a second of learning, as bars."""
+    rows = [json.loads(path.read_text()) for path in sorted(records.glob("*.json"))]
+    speed_tables.draw(rows, out / "speed.png")
 
 
 if __name__ == "__main__":

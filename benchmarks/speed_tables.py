@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 Record = Mapping[str, Any]
 
@@ -100,3 +104,44 @@ def whole_line(row: Record) -> str:
         f"{theirs['seconds']:.0f} s ({theirs['peak_memory_mib']} MiB, error: {theirs['error']}), without tests "
         f"{theirs['seconds_without_tests']:.0f} s"
     )
+
+
+def draw(records: Sequence[Record], path: Path) -> None:
+    """Seconds of whole repairs, and images a second of the steps of learning, ours and published."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    whole = [record for record in records if record.get("whole")]
+    bars = {
+        "ours": ("ours", "seconds"),
+        "published": ("published", "seconds"),
+        "published, without tests after passes": ("published", "seconds_without_tests"),
+    }
+    _bars(left, whole, {label: _seconds(whole, *place) for label, place in bars.items()}, "seconds of a repair")
+    loops = [record for record in records if record.get("loops")]
+    rates = {f"{loop}, {kind}": _rates(loops, kind, loop) for loop in LOOPS for kind in ("ours", "published")}
+    _bars(right, loops, rates, "images a second")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _seconds(records: Sequence[Record], kind: str, name: str) -> list[float]:
+    """Medians; no number where every run gave up."""
+    found = [[row[kind][name] for row in record["whole"] if not row[kind].get("error")] for record in records]
+    return [_median(values) if values else float("nan") for values in found]
+
+
+def _rates(records: Sequence[Record], kind: str, loop: str) -> list[float]:
+    found = [[row[kind][loop]["images"] for row in record["loops"] if loop in row[kind]] for record in records]
+    return [_median(values) if values else float("nan") for values in found]
+
+
+def _bars(axes: Axes, records: Sequence[Record], series: Mapping[str, Sequence[float]], label: str) -> None:
+    """One group a network, on a logarithmic scale, each bar with its number."""
+    wide = 0.8 / len(series)
+    for number, (name, values) in enumerate(series.items()):
+        places = [place + wide * (number - (len(series) - 1) / 2) for place in range(len(records))]
+        found = axes.bar(places, values, wide, label=name)
+        axes.bar_label(found, fmt=lambda value: f"{value:.0f}" if value == value else "", fontsize=6)
+    axes.set_xticks(range(len(records)), [record["name"] for record in records], fontsize=7, rotation=15)
+    axes.set(yscale="log", ylabel=label, xlim=(-0.5, len(records) - 0.5))
+    axes.margins(y=0.1)
+    axes.legend(fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
