@@ -107,7 +107,7 @@ def head(case: Case, model: nn.Module, clean: CleanSet) -> dict[str, Any]:
     """What was timed, and on what."""
     return {
         "schema": SCHEMA,
-        **asdict(case),
+        **{name: value for name, value in asdict(case).items() if name != "whole"},
         "parameters": sum(value.numel() for value in model.parameters()),
         "clean_images": len(clean),
         "threads": torch.get_num_threads(),
