@@ -64,7 +64,7 @@ def _loop_row(record: Record) -> str:
 
 
 def _whole_row(record: Record) -> str:
-    ours, theirs = ([row[kind] for row in record["whole"]] for kind in ("ours", "published"))
+    before, ours, theirs = ([row[kind] for row in record["whole"]] for kind in ("before", "ours", "published"))
     seconds = [found["seconds"] for found in ours]
     cells = [record["name"], f"{_median(seconds):.0f}"]
     # A run that gave up, since its unlearning ended too early, says nothing of what the whole procedure takes.
@@ -77,7 +77,7 @@ def _whole_row(record: Record) -> str:
         cells += [f"{_median([found[name] for _, found in whole]):.0f}", f"{_median(ratios):.1f}"]
     cells += [str(max(found["peak_memory_mib"] for found in kind)) for kind in (ours, theirs)]
     cells.append(f"{record['scan']['seconds']:.0f}")
-    rates = [found["before"] for found in theirs], [found["after"] for found in ours]
+    rates = before, [found["after"] for found in ours]
     return _row([*cells, *(f"{_median([rate['attack_success_rate'] for rate in kind]):.1%}" for kind in rates)])
 
 

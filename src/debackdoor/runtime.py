@@ -98,6 +98,14 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def sent(value: Tensor, place: torch.device) -> Tensor:
+    """The tensor on a device, without waiting until that has computed all it was asked to.
+
+    Random numbers come from the CPU, so that they are the same wherever the model is.
+    """
+    return value.to(place, non_blocking=True)
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, what draws from torch's own generators, as dropout does, is seeded; they are then put back.
@@ -115,10 +123,13 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def shuffled_batches(count: int, batch_size: int, random: torch.Generator) -> list[Tensor]:
-    """One pass over ``count`` samples: int64 index tensors in random order.
+def shuffled_batches(
+    count: int, batch_size: int, random: torch.Generator, place: torch.device | None = None
+) -> list[Tensor]:
+    """One pass over ``count`` samples: int64 index tensors in random order, on the device ``place`` or the CPU.
 
     A last batch of a single sample is left out, since batch normalisation cannot be trained on it.
     """
-    batches = list(torch.randperm(count, generator=random).split(batch_size))
+    order = torch.randperm(count, generator=random)
+    batches = list((order if place is None else sent(order, place)).split(batch_size))
     return batches[:-1] if len(batches) > 1 and len(batches[-1]) == 1 else batches

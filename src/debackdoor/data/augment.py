@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from debackdoor.runtime import sent
+
 
 def random_shift(x: Tensor, pixels: int, random: torch.Generator) -> Tensor:
     """Each image of the batch shifted by up to ``pixels`` in both directions, zero where nothing is left.
@@ -20,7 +22,8 @@ def random_shift(x: Tensor, pixels: int, random: torch.Generator) -> Tensor:
     if pixels == 0:
         return x
     n, _, height, width = x.shape
-    offsets = torch.randint(0, 2 * pixels + 1, (2, n, 1), generator=random).to(x.device)
+    offsets = torch.randint(0, 2 * pixels + 1, (2, n, 1), generator=random)
+    offsets = sent(offsets, x.device)
     rows = torch.arange(height, device=x.device) + offsets[0]
     columns = torch.arange(width, device=x.device) + offsets[1]
     sample = torch.arange(n, device=x.device)[:, None, None]
@@ -46,14 +49,14 @@ def random_view(x: Tensor, random: torch.Generator) -> Tensor:
     scale, mirror = uniform(0.7, 1.05), torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     affine[:, 0, 0], affine[:, 1, 1] = scale * mirror, scale
     affine[:, 0, 2], affine[:, 1, 2] = uniform(-0.25, 0.25), uniform(-0.25, 0.25)
-    grid = F.affine_grid(affine.to(x.device), list(x.shape), align_corners=False)
+    grid = F.affine_grid(sent(affine, x.device), list(x.shape), align_corners=False)
     x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
-    contrast, brightness = (uniform(0.7, 1.3).to(x.device)[:, None, None, None] for _ in range(2))
+    contrast, brightness = (sent(uniform(0.7, 1.3), x.device)[:, None, None, None] for _ in range(2))
     mean = x.mean((1, 2, 3), keepdim=True)
     return (((x - mean) * contrast + mean) * brightness).clamp(0, 1)
 
 
 def mixed(x: Tensor, random: torch.Generator) -> Tensor:
     """Each image with another of the batch showing through, by up to a half (mixup, Zhang et al., ICLR 2018)."""
-    share = (0.5 + 0.5 * torch.rand(len(x), 1, 1, 1, generator=random)).to(x.device)
-    return share * x + (1 - share) * x[torch.randperm(len(x), generator=random)]
+    share = sent(0.5 + 0.5 * torch.rand(len(x), 1, 1, 1, generator=random), x.device)
+    return share * x + (1 - share) * x[sent(torch.randperm(len(x), generator=random), x.device)]

@@ -108,7 +108,7 @@ class ABLUnlearning(Defense):
         for epoch in range(1, self.epochs + 1):
             last = copy.deepcopy(model.state_dict())
             model.train()
-            batches = shuffled_batches(len(self.poisoned), self.batch_size, random)
+            batches = shuffled_batches(len(self.poisoned), self.batch_size, random, self.poisoned.x.device)
             errors = torch.cat([self._step(model, optimizer, self.poisoned.subset(index)) for index in batches])
             now = accuracy(predict(model.eval(), judges.x, precision=self.precision), judges.y)
             kept = self.budget is None or before - now <= self.budget + 1e-9

@@ -23,11 +23,11 @@ from debackdoor.defenses.base import Defense
 from debackdoor.defenses.levels import BUDGET, HOLDOUT, below_levels, blind_rule, cost, pruned_result, strongest
 from debackdoor.errors import DebackdoorError, check_fraction, check_positive
 from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy
+from debackdoor.models.forward import hits
 from debackdoor.models.layout import to_faster_layout
 from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.rnp.prune import rank
-from debackdoor.runtime import autocast, generator
+from debackdoor.runtime import autocast, generator, sent
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
 
 THRESHOLDS = tuple(i / 20 for i in range(19))
@@ -114,8 +114,9 @@ class ANP(Defense):
         game = _Game(model, layers, fit, self)
         history: list[dict[str, Any]] = []
         for step in range(1, self.iterations + 1):
-            numbers = game.step()
+            found = game.step()
             if step % _REPORT_EVERY == 0 or step == self.iterations:
+                numbers = {name: value.item() for name, value in found.items()}
                 history.append({"step": step, **numbers})
                 if progress is not None:
                     progress("mask", step, self.iterations, numbers)
@@ -137,10 +138,10 @@ class _Game:
         self.optimizer = torch.optim.SGD([self.mask], lr=settings.lr, momentum=settings.momentum)
         self.random = generator(settings.seed)
 
-    def step(self) -> dict[str, float]:
+    def step(self) -> dict[str, Tensor]:
         """One step of the masks against noise that was made for them."""
         s, fit = self.settings, self.fit
-        index = torch.randint(len(fit), (s.batch_size,), generator=self.random)
+        index = sent(torch.randint(len(fit), (s.batch_size,), generator=self.random), fit.x.device)
         x, y = random_shift(fit.x[index], round(s.shift * fit.x.shape[-1]), self.random), fit.y[index]
         noise = self._noise(x, y)
         under_noise, slope, _ = self._loss(self._factors() + noise, self.mask, x, y)
@@ -158,20 +159,20 @@ class _Game:
     def _noise(self, x: Tensor, y: Tensor) -> Tensor:
         """Noise on scales and shifts that raises the error, found from a random start."""
         s, start = self.settings, self._factors().detach()
-        noise = (s.eps * (2 * torch.rand(len(start), generator=self.random) - 1)).to(start.device)
+        noise = sent(s.eps * (2 * torch.rand(len(start), generator=self.random) - 1), start.device)
         for _ in range(s.ascents if s.eps > 0 else 0):
             point = (start + noise).requires_grad_(True)
             _, slope, _ = self._loss(point, point, x, y)
             noise = noise + s.eps / s.ascents * slope.sign()
         return noise
 
-    def _loss(self, factors: Tensor, leaf: Tensor, x: Tensor, y: Tensor) -> tuple[float, Tensor, float]:
+    def _loss(self, factors: Tensor, leaf: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Cross-entropy with scales and shifts multiplied by ``factors``, its gradient in ``leaf``, and accuracy."""
         with autocast(x.device, self.settings.precision):
             logits = masked_call(self.model, self.layers, factors, x.clone(), self.parameters, self.buffers).float()
         loss = F.cross_entropy(logits, y)
         (gradient,) = torch.autograd.grad(loss, leaf)
-        return loss.item(), gradient, accuracy(logits.detach(), y)
+        return loss.detach(), gradient, hits(logits.detach(), y) / len(y)
 
 
 def scales_and_shifts(

@@ -21,7 +21,7 @@ from debackdoor.defenses.base import Defense
 from debackdoor.errors import DebackdoorError, check_fraction, check_positive
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, logits_of, predict
-from debackdoor.runtime import autocast, generator, shuffled_batches
+from debackdoor.runtime import autocast, generator, sent, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
@@ -98,13 +98,13 @@ class IBAU(Defense):
             for done in range(1, self.rounds + 1):
                 d = self._search(model, fit, random)
                 row = {"round": done, "flipped": self._flipped(model, fit, d), "norm": float(d.detach().norm())}
-                loss = seen = 0.0
-                for index in shuffled_batches(len(fit), self.batch_size, random):
+                loss, seen = torch.zeros((), dtype=torch.float64, device=fit.x.device), 0
+                for index in shuffled_batches(len(fit), self.batch_size, random, fit.x.device):
                     loss += self._step(model, optimizer, fit.subset(index), d, random) * len(index)
                     seen += len(index)
-                history.append({**row, "loss": loss / seen})
+                history.append({**row, "loss": loss.item() / seen})
                 if progress is not None:
-                    progress("unlearn", done, self.rounds, {"loss": loss / seen})
+                    progress("unlearn", done, self.rounds, {"loss": history[-1]["loss"]})
         optimizer.zero_grad(set_to_none=True)
         return history
 
@@ -114,20 +114,20 @@ class IBAU(Defense):
         optimizer = OPTIMIZERS[self.search]([d], lr=self.search_lr)  # type: ignore[call-arg]
         said = predict(model, fit.x, precision=self.precision).argmax(1)
         for _ in range(self.search_passes):
-            for index in shuffled_batches(len(fit), self.batch_size, random):
+            for index in shuffled_batches(len(fit), self.batch_size, random, fit.x.device):
                 (d.grad,) = torch.autograd.grad(self._inner(model, fit.x[index], said[index], d), d)
                 optimizer.step()
         return d.detach().requires_grad_()
 
     def _step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: CleanSet, d: Tensor, random: torch.Generator
-    ) -> float:
+    ) -> Tensor:
         """One step of the weights along the hypergradient; the outer loss before it."""
         # Rounded down, as published, 1 % of a batch below 100 would be no image, and d would teach nothing.
         count = max(1, round(self.share * len(batch)))
         chosen = torch.zeros(len(batch), 1, 1, 1)
         chosen[torch.randperm(len(batch), generator=random)[:count]] = 1.0
-        outer = self._loss(model, batch.x, batch.y, chosen.to(d.device) * d)
+        outer = self._loss(model, batch.x, batch.y, sent(chosen, d.device) * d)
         weights = list(model.parameters())
         gradients = hypergradient(
             self._inner(model, batch.x, batch.y, d), outer, d, weights, self.fixed_point_steps, self.inner_lr
@@ -135,7 +135,7 @@ class IBAU(Defense):
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
         optimizer.step()
-        return outer.item()
+        return outer.detach()
 
     def _inner(self, model: nn.Module, x: Tensor, y: Tensor, d: Tensor) -> Tensor:
         """What the perturbation minimises."""

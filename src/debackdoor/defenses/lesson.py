@@ -19,10 +19,10 @@ from debackdoor.detectors.universal import Aim, UniversalSearch
 from debackdoor.errors import check_positive
 from debackdoor.fusing import fused
 from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy, logits_of
+from debackdoor.models.forward import hits, logits_of
 from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.rnp.prune import plan_mask, prune
-from debackdoor.runtime import autocast, generator, parts, shuffled_batches
+from debackdoor.runtime import autocast, generator, parts, sent, shuffled_batches
 from debackdoor.types import CleanSet, Plan, Progress
 
 
@@ -147,29 +147,33 @@ class Lesson:
                 progress=progress,
             )
         normalisation_in_train_mode(self.student)
+        losses: list[Tensor] = []
         for step in range(1, s.steps + 1):
             for group in self.optimizer.param_groups:
                 group["lr"] = s.lr * _schedule(step / s.steps, s.warm_up)
             loss, right = self._step(self._draw())
-            history.append({"lr": s.lr, "step": step, "loss": loss})
+            losses.append(loss)
             if progress is not None:
-                progress("relearn", step, s.steps, {"accuracy": right})
+                progress("relearn", step, s.steps, {"accuracy": right.item()})
+        # Not before: a GPU would have to be waited for at every step.
+        found = torch.stack(losses).tolist()
+        history.extend({"lr": s.lr, "step": step, "loss": loss} for step, loss in enumerate(found, start=1))
         for name, parameter in self.teacher.named_parameters():
             self.parameters[name].requires_grad_(parameter.requires_grad)
         return prune(self.student, self.layers, self.plan).eval()
 
     def _draw(self) -> Batch:
         s, fit = self.settings, self.fit
-        self.queue = self.queue or shuffled_batches(len(fit), s.batch_size, self.random)
+        self.queue = self.queue or shuffled_batches(len(fit), s.batch_size, self.random, fit.x.device)
         index = self.queue.pop()
         clean = self._shifted(index)
         clean = torch.cat([clean, mixed(random_view(clean, self.random), self.random)])
         if self.triggers is None:
-            none = index[:0].to(clean.device)
+            none = index[:0]
             return Batch(clean, clean, fit.y[index], fit.y[none], none)
         count = s.triggered * (2 if self.stamps else 1)
-        others = torch.randint(len(fit), (count,), generator=self.random)
-        trigger = torch.randint(len(self.triggers), (s.triggered,), generator=self.random).to(clean.device)
+        others = sent(torch.randint(len(fit), (count,), generator=self.random), clean.device)
+        trigger = sent(torch.randint(len(self.triggers), (s.triggered,), generator=self.random), clean.device)
         plain = self._shifted(others)
         seen = [clean, self.triggers.apply(plain[: s.triggered], trigger)]
         if self.stamps:
@@ -180,9 +184,9 @@ class Lesson:
         x = self.fit.x[index]
         return random_shift(x, round(self.settings.shift * x.shape[-1]), self.random)
 
-    def _step(self, batch: Batch) -> tuple[float, float]:
+    def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One step of the student and one of the triggers against it; the loss, and the accuracy on clean images."""
-        total = right = 0.0
+        total = right = torch.zeros((), device=batch.seen.device)
         found = self.triggers.parameters if self.triggers is not None else []
         moves = [torch.zeros_like(value) for value in found]
         self.optimizer.zero_grad()
@@ -199,8 +203,8 @@ class Lesson:
                 away = self._triggered_loss(triggered, wanted[len(clean) :], part.triggered_y)
                 loss = loss + self.settings.triggers * len(triggered) / len(batch.triggered_y) * away
             torch.autograd.backward(loss, inputs=list(self.parameters.values()))
-            total += loss.item()
-            right += share * accuracy(clean[: len(part.y)].detach(), part.y)
+            total = total + loss.detach()
+            right = right + hits(clean[: len(part.y)].detach(), part.y) / len(batch.y)
         nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         self.optimizer.step()
         if self.triggers is not None:

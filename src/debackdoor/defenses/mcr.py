@@ -106,7 +106,7 @@ class MCR(Tuning):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a plain average
-        for index in shuffled_batches(len(fit), self.batch_size, generator(self.seed)):
+        for index in shuffled_batches(len(fit), self.batch_size, generator(self.seed), fit.x.device):
             with autocast(fit.x.device, self.precision):
                 model(fit.x[index])
         for norm, momentum, tracked in kept:

@@ -21,7 +21,7 @@ from debackdoor.detectors.neural_cleanse import OUTLYING, Anomalies, neural_clea
 from debackdoor.errors import check_fraction, check_positive
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, logits_of, predict
-from debackdoor.runtime import autocast, generator, seeded, shuffled_batches
+from debackdoor.runtime import autocast, generator, seeded, sent, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RecoveredTrigger, RepairResult, Step
 
 
@@ -121,20 +121,21 @@ class NCUnlearning(Defense):
         for epoch in range(1, self.epochs + 1):
             carries = torch.zeros(len(fit), 1, 1, 1, dtype=torch.bool)
             carries[torch.randperm(len(fit), generator=random)[: max(1, round(self.share * len(fit)))]] = True
-            loss_sum = seen = 0.0
-            for index in shuffled_batches(len(fit), self.batch_size, random):
+            carries = sent(carries, fit.x.device)
+            total, seen = torch.zeros((), dtype=torch.float64, device=fit.x.device), 0
+            for index in shuffled_batches(len(fit), self.batch_size, random, fit.x.device):
                 x = random_shift(fit.x[index], round(self.shift * fit.x.shape[-1]), random)
-                x = torch.where(carries[index].to(x.device), trigger.apply(x), x)
+                x = torch.where(carries[index], trigger.apply(x), x)
                 with autocast(x.device, self.precision):
                     logits = logits_of(model(x)).float()
                 loss = F.cross_entropy(logits, fit.y[index])
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-                loss_sum, seen = loss_sum + loss.item() * len(index), seen + len(index)
-            history.append({"epoch": epoch, "loss": loss_sum / seen})
+                total, seen = total + loss.detach() * len(index), seen + len(index)
+            history.append({"epoch": epoch, "loss": total.item() / seen})
             if progress is not None:
-                progress("fine-tune", epoch, self.epochs, {"loss": loss_sum / seen})
+                progress("fine-tune", epoch, self.epochs, {"loss": history[-1]["loss"]})
         return history
 
 

@@ -110,13 +110,14 @@ class Tuning(Defense):
         for epoch in range(self.epochs):
             for group in optimizer.param_groups:
                 group["lr"] = self._lr(epoch)
-            loss_sum = seen = 0.0
-            for index in shuffled_batches(len(fit), self.batch_size, random):
+            total, seen = torch.zeros((), dtype=torch.float64, device=fit.x.device), 0
+            for index in shuffled_batches(len(fit), self.batch_size, random, fit.x.device):
                 x = random_shift(fit.x[index], round(self.shift * fit.x.shape[-1]), random)
                 optimizer.zero_grad(set_to_none=True)
                 loss = backward(x, fit.y[index])
                 optimizer.step()
-                loss_sum, seen = loss_sum + loss.item() * len(index), seen + len(index)
+                total, seen = total + loss.detach() * len(index), seen + len(index)
+            loss_sum = total.item()  # once an epoch: a GPU has to be waited for
             if not math.isfinite(loss_sum):
                 raise ModelError(
                     f"expected a finite loss, got {loss_sum} in epoch {epoch + 1} of {stage}; "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile
 from debackdoor.errors import DebackdoorError, check_positive
 from debackdoor.models.forward import eval_mode, logits_of, predict
-from debackdoor.runtime import at_most, autocast, generator
+from debackdoor.runtime import at_most, autocast, generator, sent
 from debackdoor.types import CleanSet, Progress
 
 
@@ -78,7 +78,7 @@ class CognitiveDistillation(SampleDetector):
         raw = torch.ones(len(x), 1, *x.shape[2:], device=x.device, requires_grad=True)
         optimizer = torch.optim.Adam([raw], lr=self.lr, betas=(0.1, 0.1))
         for _ in range(self.steps):
-            colour = torch.rand(len(x), x.shape[1], 1, 1, generator=random).to(x.device)
+            colour = sent(torch.rand(len(x), x.shape[1], 1, 1, generator=random), x.device)
             with torch.enable_grad():
                 loss = self._loss(model, x, (raw.tanh() + 1) / 2, colour, goal)
                 (raw.grad,) = torch.autograd.grad(loss, raw)

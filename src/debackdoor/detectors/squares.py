@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debackdoor.models.forward import predict
@@ -56,7 +57,8 @@ class Square:
         """The images (N, C, H, W) in [0, 1] with the square on them; what sticks out is cut off."""
         out = x.clone()
         rows, columns = (slice(max(0, first), max(0, first + self.side)) for first in (self.row, self.column))
-        out[:, :, rows, columns] = torch.tensor(self.colour, dtype=x.dtype, device=x.device)[:, None, None]
+        for channel, value in enumerate(self.colour):
+            out[:, channel, rows, columns] = value
         return out
 
     def jittered(self, random: torch.Generator) -> Square:
@@ -111,14 +113,14 @@ def find_squares(
     best: dict[int, Square] = {}
     for done, colour in enumerate(palette, start=1):
         squares = list(_everywhere(x.shape[2:], colour))
-        for square, answers in zip(squares, _answers(model, squares, x, precision), strict=True):
-            reached = _rates(answers, y, num_classes)
+        rates = torch.cat([_rates(some, y, num_classes) for some in _answers(model, squares, x, precision)]).cpu()
+        for square, reached in zip(squares, rates, strict=True):
             for label in (reached > most).nonzero()[:, 0].tolist():
                 most[label], best[label] = reached[label], square
         if progress is not None:
             progress("search squares", done, len(palette), {"success": float(most.max())})
-    rates = {label: _success(model, holdout, square, label, precision) for label, square in sorted(best.items())}
-    return Squares(rates, best)
+    judged = {label: _success(model, holdout, square, label, precision) for label, square in sorted(best.items())}
+    return Squares(judged, best)
 
 
 def stamped(x: Tensor, squares: Sequence[Square], random: torch.Generator) -> Tensor:
@@ -148,18 +150,18 @@ def _places(length: int, side: int) -> list[int]:
 
 
 def _answers(model: nn.Module, squares: Sequence[Square], x: Tensor, precision: str) -> Iterator[Tensor]:
-    """The model's labels for the images under each of the squares, a few of which share a forward pass."""
+    """The model's labels for the images under the squares, (S, N), for those that share a forward pass."""
     together = max(1, at_most(TOGETHER * len(x)) // len(x))
     for first in range(0, len(squares), together):
         batch = torch.cat([square.apply(x) for square in squares[first : first + together]])
-        yield from predict(model, batch, precision=precision).argmax(1).split(len(x))
+        yield predict(model, batch, precision=precision).argmax(1).view(-1, len(x))
 
 
 def _rates(answers: Tensor, y: Tensor, num_classes: int) -> Tensor:
-    """For every label the share of the images of other labels that are given it; (K,), on the CPU."""
-    hits = torch.bincount(answers[answers != y], minlength=num_classes).cpu()
-    others = (len(y) - torch.bincount(y, minlength=num_classes).cpu()).clamp(min=1)
-    return hits / others
+    """For every square and label the share of the images of other labels that get it, (S, K), of answers (S, N)."""
+    given = F.one_hot(answers, num_classes) * (answers != y)[:, :, None]
+    others = (len(y) - F.one_hot(y, num_classes).sum(0)).clamp(min=1)
+    return given.sum(1) / others
 
 
 def _success(model: nn.Module, holdout: CleanSet, square: Square, label: int, precision: str) -> float:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from debackdoor.fusing import fused
 from debackdoor.models.forward import logits_of, margins_of, predict
-from debackdoor.runtime import at_most, autocast, generator
+from debackdoor.runtime import at_most, autocast, generator, sent
 from debackdoor.types import CleanSet, Progress, RecoveredTrigger
 
 LARGER = 4.0
@@ -182,6 +182,7 @@ class _Search:
     def step(self) -> None:
         count, images = len(self.labels), at_most(self.settings.batch_size)
         index = torch.randint(len(self.fit), (count * images,), generator=self.random).view(count, images)
+        index = sent(index, self.fit.x.device)
         labels = torch.arange(count, device=self.labels.device)
         self.optimizer.zero_grad()
         together = max(1, min(at_most(count * images), MOST_AT_ONCE) // images)
@@ -194,7 +195,7 @@ class _Search:
 
     def _descend(self, some: Tensor, index: Tensor) -> Tensor:
         """Adds the gradients of some of the labels on images (labels, B); whether their triggers worked there."""
-        x = self.fit.x[index[some.to(index.device)]]
+        x = self.fit.x[index[some]]
         mask, pattern = self.mask[some].sigmoid(), self.pattern[some].sigmoid()
         stamped = (1 - mask[:, None]) * x + mask[:, None] * pattern[:, None]
         with autocast(x.device, self.precision):

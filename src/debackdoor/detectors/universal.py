@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from debackdoor.data.augment import random_shift
 from debackdoor.detectors.perturbations import KINDS, Additive, Patch, Perturbations, Sizes
 from debackdoor.models.forward import logits_of, predict
-from debackdoor.runtime import at_most, autocast, generator
+from debackdoor.runtime import at_most, autocast, generator, sent
 from debackdoor.types import CleanSet, Progress
 
 AWAY = -1
@@ -114,13 +114,13 @@ class UniversalSearch:
                 group.loosen(1 + 3 * max(0.0, 1 - 2 * done / steps))
             loss = self._descend(model, fit, index, images, precision)
             if progress is not None:
-                progress("search perturbations", done + 1, steps, {"loss": loss / len(self)})
+                progress("search perturbations", done + 1, steps, {"loss": loss.item() / len(self)})
         return self
 
-    def _descend(self, model: nn.Module, fit: CleanSet, index: Tensor, images: int, precision: str) -> float:
+    def _descend(self, model: nn.Module, fit: CleanSet, index: Tensor, images: int, precision: str) -> Tensor:
         """One step on fresh images, one an entry of ``index``; the loss before it."""
-        drawn = torch.randint(len(fit), (len(index),), generator=self.random)
-        sums, loss = [torch.zeros_like(value) for value in self.parameters], 0.0
+        drawn = sent(torch.randint(len(fit), (len(index),), generator=self.random), index.device)
+        sums, loss = [torch.zeros_like(value) for value in self.parameters], torch.zeros((), device=index.device)
         for some, which in zip(drawn.split(at_most(AT_ONCE)), index.split(at_most(AT_ONCE)), strict=True):
             x = random_shift(fit.x[some], round(fit.x.shape[-1] / 16), self.random)
             with autocast(x.device, precision):
@@ -128,7 +128,7 @@ class UniversalSearch:
             part = self.loss(logits, fit.y[some], which) / images
             gradients = torch.autograd.grad(part, self.parameters, allow_unused=True)
             sums = [a if b is None else a + b for a, b in zip(sums, gradients, strict=True)]
-            loss += part.item()
+            loss += part.detach()
         self.step(sums)
         return loss
 

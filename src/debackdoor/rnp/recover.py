@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from debackdoor.channels import MaskableLayer, count_channels, masked_call
 from debackdoor.data.augment import random_shift
 from debackdoor.errors import check_positive
-from debackdoor.models.forward import accuracy
+from debackdoor.models.forward import hits
 from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.runtime import autocast, generator, parts, shuffled_batches
 from debackdoor.types import CleanSet, Progress
@@ -88,8 +88,9 @@ def recover(
     try:
         normalisation_in_train_mode(exposed)
         for done in range(settings.passes):
-            loss_sum = right = seen = 0.0
-            for index in shuffled_batches(len(fit), settings.batch_size, random):
+            loss_sum = right = torch.zeros((), dtype=torch.float64, device=fit.x.device)
+            seen = 0
+            for index in shuffled_batches(len(fit), settings.batch_size, random, fit.x.device):
                 x, y = random_shift(fit.x[index], round(settings.shift * fit.x.shape[-1]), random), fit.y[index]
                 mask.grad = torch.zeros_like(mask)
                 for part in parts(len(x)):
@@ -98,16 +99,17 @@ def recover(
                     share = len(logits) / len(x)
                     loss = settings.weight * share * F.cross_entropy(logits, y[part])
                     mask.grad += torch.autograd.grad(loss, mask)[0]
-                    loss_sum += loss.item() * len(y)
-                    right += accuracy(logits, y[part]) * len(logits)
+                    # Read after the pass: before, a GPU would have to be waited for.
+                    loss_sum = loss_sum + loss.detach() * len(y)
+                    right = right + hits(logits, y[part])
                 optimizer.step()
                 with torch.no_grad():
                     mask.clamp_(0, 1)
                     total += mask
                 steps, seen = steps + 1, seen + len(y)
-            history.append({"pass": done + 1, "loss": loss_sum / seen, "accuracy": right / seen})
+            history.append({"pass": done + 1, "loss": float(loss_sum) / seen, "accuracy": float(right) / seen})
             if progress is not None:
-                progress("recover", done + 1, settings.passes, {"accuracy": right / seen})
+                progress("recover", done + 1, settings.passes, {"accuracy": history[-1]["accuracy"]})
     finally:
         for module, mode in was_training.items():
             module.training = mode

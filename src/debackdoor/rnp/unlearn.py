@@ -151,7 +151,8 @@ class _Climb:
         self.asked = fit.subset(torch.randperm(len(fit), generator=generator(seed))[: settings.checked].sort().values)
         self.steps_a_pass = len(shuffled_batches(len(fit), settings.batch_size, generator(seed)))
         self.queue: list[Tensor] = []
-        self.steps, self.lr, self.loss = 0, settings.lr, 0.0
+        self.steps, self.lr = 0, settings.lr
+        self.loss = torch.zeros((), device=fit.x.device)  # of the last step; only a check reads it
         self.history: list[dict[str, Any]] = []
         self.start = self.now = self._measure()
         self.peak: _State | None = None
@@ -171,7 +172,7 @@ class _Climb:
         normalisation_in_train_mode(self.model)
         for _ in range(count):
             if not self.queue:
-                self.queue = shuffled_batches(len(self.fit), self.settings.batch_size, self.random)
+                self.queue = shuffled_batches(len(self.fit), self.settings.batch_size, self.random, self.fit.x.device)
             self._step(self.queue.pop())
             self.steps += 1
             if self.steps in (passes * self.steps_a_pass for passes in self.settings.decay_at):
@@ -179,14 +180,14 @@ class _Climb:
 
     def _step(self, index: Tensor) -> None:
         x = random_shift(self.fit.x[index], round(self.settings.shift * self.fit.x.shape[-1]), self.random)
-        y, total = self.fit.y[index], 0.0
+        y, total = self.fit.y[index], torch.zeros_like(self.loss)
         self.optimizer.zero_grad(set_to_none=True)
         for part in parts(len(x)):
             with autocast(x.device, self.precision):
                 logits = logits_of(self.model(x[part])).float()
             loss = F.cross_entropy(logits, y[part]) * (len(logits) / len(x))
             (-loss).backward()
-            total += loss.item()
+            total += loss.detach()
         if self.settings.clip is not None:
             nn.utils.clip_grad_norm_(self.learning, self.settings.clip)
         self.optimizer.step()
@@ -199,13 +200,13 @@ class _Climb:
 
     def check(self) -> None:
         """Measures, and takes the last steps back with half the step size where accuracy fell too far at once."""
-        new = self._measure()
-        broken = not (new.finite and math.isfinite(self.loss))
+        new, loss = self._measure(), self.loss.item()
+        broken = not (new.finite and math.isfinite(loss))
         overshot = broken or self.now.accuracy - new.accuracy > self.settings.largest_fall
         self.history.append(
             {
                 "step": self.steps,
-                "loss": self.loss,
+                "loss": loss,
                 "accuracy": new.accuracy,
                 "lr": self.lr,
                 "label_shares": new.shares,
