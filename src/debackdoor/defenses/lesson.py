@@ -76,8 +76,8 @@ class RelearnSettings:
 class Batch:
     """Images as the student sees them, as its teacher does, and the labels of all but the mixed ones.
 
-    The parts are clean images, as many mixed ones, images with a trigger, whose perturbation ``trigger`` names, and
-    images with a plain square.
+    The parts are clean images, as many mixed ones, images with a trigger, whose perturbation ``trigger`` (on the
+    CPU) names, and images with a plain square.
     """
 
     seen: Tensor
@@ -169,11 +169,11 @@ class Lesson:
         clean = self._shifted(index)
         clean = torch.cat([clean, mixed(random_view(clean, self.random), self.random)])
         if self.triggers is None:
-            none = index[:0]
+            none = torch.arange(0)
             return Batch(clean, clean, fit.y[index], fit.y[none], none)
         count = s.triggered * (2 if self.stamps else 1)
         others = sent(torch.randint(len(fit), (count,), generator=self.random), clean.device)
-        trigger = sent(torch.randint(len(self.triggers), (s.triggered,), generator=self.random), clean.device)
+        trigger = torch.randint(len(self.triggers), (s.triggered,), generator=self.random)
         plain = self._shifted(others)
         seen = [clean, self.triggers.apply(plain[: s.triggered], trigger)]
         if self.stamps:

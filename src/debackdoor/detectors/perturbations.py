@@ -122,10 +122,19 @@ class Warp(Perturbations):
 
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
         field = self.reach * self.parameters[0].tanh()[index]
-        field = F.interpolate(field, size=x.shape[-2:], mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            field = (field.flatten(2) @ self._interpolation(x)).view(len(x), 2, *x.shape[-2:]).permute(0, 2, 3, 1)
         still = torch.eye(2, 3, device=x.device).expand(len(x), 2, 3)
         grid = F.affine_grid(still, list(x.shape), align_corners=False) + field
         return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+    def _interpolation(self, like: Tensor) -> Tensor:
+        """Bicubic interpolation as a matrix (GRID * GRID, H * W).
+
+        On a GPU the gradient of torch's own adds up in any order, and no two runs give the same numbers.
+        """
+        points = torch.eye(self.GRID**2, device=like.device).view(-1, 1, self.GRID, self.GRID)
+        return F.interpolate(points, size=like.shape[-2:], mode="bicubic", align_corners=True).flatten(1)
 
 
 KINDS: tuple[type[Perturbations], ...] = (Additive, Patch, Warp)

@@ -88,7 +88,7 @@ class _Joint(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         held = logits_of(self.exposed(x.clone())).float()  # it may work in place
-        doubt = self.doubt * F.one_hot(torch.tensor(self.label, device=x.device), held.shape[1])
+        doubt = self.doubt * (torch.arange(held.shape[1], device=x.device) == self.label)
         return F.log_softmax(logits_of(self.suspect(x)).float(), 1) + F.log_softmax(held - doubt, 1)
 
 
@@ -217,8 +217,11 @@ class _Search:
     def _keep_best(self, works: Tensor, l1: Tensor, mask: Tensor, pattern: Tensor) -> None:
         """Of the triggers that worked the smallest is kept; until one works, the latest."""
         better = (works & (l1 < self.best_l1)) | self.best_l1.isinf()
-        for kept, now in zip(self.best, (mask, pattern), strict=True):
-            kept[better] = now[better]
+        first, second = (
+            torch.where(better[:, None, None, None], now, kept)
+            for kept, now in zip(self.best, (mask, pattern), strict=True)
+        )
+        self.best = first, second
         self.best_l1 = torch.where(works & (l1 < self.best_l1), l1, self.best_l1)
 
     def result(self, position: int, holdout: CleanSet) -> RecoveredTrigger:

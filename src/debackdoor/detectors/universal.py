@@ -46,7 +46,7 @@ class UniversalSearch:
         """Starts from random perturbations of images like ``like`` (N, C, H, W)."""
         self.random = generator(seed)
         self.aims = sorted(aims, key=lambda aim: KINDS.index(aim.kind))
-        self.targets = torch.tensor([aim.target for aim in self.aims], device=like.device)
+        self.targets = torch.tensor([aim.target for aim in self.aims])
         counts = [sum(aim.kind is kind for aim in self.aims) for kind in KINDS]
         self.groups = [
             kind(count, like.shape[1:], sizes, self.random).to(like.device)
@@ -65,13 +65,14 @@ class UniversalSearch:
         return [value for group in self.groups for value in group.parameters]
 
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
-        """The images (N, C, H, W) in [0, 1], each under the perturbation that ``index`` (N,) names."""
+        """The images (N, C, H, W) in [0, 1], each under the perturbation that ``index`` (N,), on the CPU, names."""
         out, first = x.clone(), 0
         for group in self.groups:
             count = len(group.parameters[0])
-            chosen = ((index >= first) & (index < first + count)).nonzero()[:, 0]
-            if len(chosen):
-                out = out.index_copy(0, chosen, group.apply(x[chosen], index[chosen] - first))
+            rows = ((index >= first) & (index < first + count)).nonzero()[:, 0]
+            if len(rows):
+                chosen, which = sent(rows, x.device), sent(index[rows] - first, x.device)
+                out = out.index_copy(0, chosen, group.apply(x[chosen], which))
             first += count
         return out
 
@@ -82,7 +83,7 @@ class UniversalSearch:
 
     def loss(self, logits: Tensor, y: Tensor, index: Tensor) -> Tensor:
         """What the perturbations descend: the sum over the images of how far their answers are from the aims'."""
-        target = self.targets[index]
+        target = sent(self.targets[index], logits.device)
         towards = F.cross_entropy(logits, target.clamp(min=0), reduction="none")
         # Bounded, so that an image that is far from its label already does not outvote the others.
         away = -F.cross_entropy(logits, y, reduction="none").clamp(max=8)
@@ -107,7 +108,7 @@ class UniversalSearch:
         progress: Progress | None = None,
     ) -> UniversalSearch:
         """``steps`` steps on the model as it is, with ``images`` images a perturbation; returns itself."""
-        index = torch.arange(len(self), device=fit.x.device).repeat_interleave(images)
+        index = torch.arange(len(self)).repeat_interleave(images)
         for done in range(steps):
             # A patch that is large at first finds its place more often than one that is small from the beginning.
             for group in self.groups:
@@ -119,8 +120,8 @@ class UniversalSearch:
 
     def _descend(self, model: nn.Module, fit: CleanSet, index: Tensor, images: int, precision: str) -> Tensor:
         """One step on fresh images, one an entry of ``index``; the loss before it."""
-        drawn = sent(torch.randint(len(fit), (len(index),), generator=self.random), index.device)
-        sums, loss = [torch.zeros_like(value) for value in self.parameters], torch.zeros((), device=index.device)
+        drawn = sent(torch.randint(len(fit), (len(index),), generator=self.random), fit.x.device)
+        sums, loss = [torch.zeros_like(value) for value in self.parameters], torch.zeros((), device=fit.x.device)
         for some, which in zip(drawn.split(at_most(AT_ONCE)), index.split(at_most(AT_ONCE)), strict=True):
             x = random_shift(fit.x[some], round(fit.x.shape[-1] / 16), self.random)
             with autocast(x.device, precision):
@@ -135,7 +136,7 @@ class UniversalSearch:
     @torch.no_grad()
     def answers(self, model: nn.Module, x: Tensor, number: int, *, precision: str = "auto") -> Tensor:
         """The model's labels (N,) for all images under one of the perturbations."""
-        index = torch.full((len(x),), number, device=x.device)
+        index = torch.full((len(x),), number)
         return predict(model, self.apply(x, index), precision=precision).argmax(1)
 
 

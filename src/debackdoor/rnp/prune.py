@@ -26,7 +26,8 @@ def rank(layers: Sequence[MaskableLayer], scores: Tensor, ties: Tensor) -> Plan:
         scores: one number a channel, (channels,), in the layers' order.
         ties: a second number a channel, (channels,), by which channels of equal score are ordered, lowest first.
     """
-    order = np.lexsort((ties.cpu().numpy(), scores.cpu().numpy()))
+    scores = scores.cpu()
+    order = np.lexsort((ties.cpu().numpy(), scores.numpy()))
     return tuple(PlannedChannel(*locate(layers, int(i)), score=float(scores[i])) for i in order)
 
 
