@@ -49,6 +49,7 @@ def run(
     zoo: Annotated[Path, typer.Option(help="the tier's folder")] = Path("zoo/slim"),
     rounds: Annotated[int, typer.Option(help="times that each is timed, after the first")] = 2,
     limit: Annotated[int, typer.Option(help="clean images")] = 500,
+    count: Annotated[bool, typer.Option(help="count the waits, in a scan and a repair more")] = True,
 ) -> None:
     """One record a model; finished ones are skipped."""
     out.mkdir(parents=True, exist_ok=True)
@@ -56,12 +57,12 @@ def run(
     for card in (cards[name] for name in names or cards):
         target = out / f"{cards[card.name].arch}-{card.name}.json"
         if not target.exists():
-            record = measure(card, zoo, rounds, limit)
+            record = measure(card, zoo, rounds, limit, count)
             atomic_write_text(target, json.dumps(record, indent=1) + "\n")
             typer.echo(f"{card.name}: scan {record['scan']['seconds']} s, repair {record['repair']['seconds']} s")
 
 
-def measure(card: Card, zoo: Path, rounds: int, limit: int) -> dict[str, Any]:
+def measure(card: Card, zoo: Path, rounds: int, limit: int, count: bool) -> dict[str, Any]:
     """Scans and repairs one model again and again, always with the same seed."""
     model = load_model(weights_of(zoo, card.name), card.arch)
     clean = db.load_clean(card.dataset, limit=limit, seed=0)
@@ -78,7 +79,7 @@ def measure(card: Card, zoo: Path, rounds: int, limit: int) -> dict[str, Any]:
         "repair": repairs | {"changed": result.changed},
         "rates": _rates(card, zoo, {"before": model, "after": result.model}),
         "same_again": _same(results),
-        "waits": {name: waits(call) for name, call in _calls(model, clean).items()},
+        "waits": {name: waits(call) for name, call in _calls(model, clean).items()} if count else {},
         **memory.record(),
         "gpu": torch.cuda.get_device_name(),
         "versions": versions(),
