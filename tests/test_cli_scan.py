@@ -83,6 +83,21 @@ def test_exit_codes(shell: Shell, stand_in: StandIn, verdict: str, fail_on: str 
     assert ran.out.splitlines()[:2] == [f"verdict: {verdict}", stand_in.report.message]
 
 
+def test_the_same_numbers_on_request(shell: Shell, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+
+    def look(*given: Any, **options: Any) -> ScanReport:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return stand_in(*given, **options)
+
+    monkeypatch.setattr(importlib.import_module("debackdoor.scan"), "scan", look)
+    for more in ((), ("--deterministic",)):
+        assert shell(*scan_of(shell, *more)).code == 0
+    assert seen == [False, True]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_what_is_said_of_a_backdoor(shell: Shell, stand_in: StandIn) -> None:
     found = report_cases.report(
         history={"triggers": [{"label": 0, "l1": 31.25, "success_rate": 0.5}]}, trigger=report_cases.trigger()

@@ -1,10 +1,19 @@
 """Device, precision and random generators."""
 
+import os
+
 import pytest
 import torch
 
 from debackdoor.errors import DebackdoorError
-from debackdoor.runtime import autocast, generator, has_fast_bf16, resolve_device, shuffled_batches
+from debackdoor.runtime import (
+    autocast,
+    deterministic,
+    generator,
+    has_fast_bf16,
+    resolve_device,
+    shuffled_batches,
+)
 
 CPU = torch.device("cpu")
 
@@ -78,3 +87,30 @@ def test_every_pass_has_an_order_of_its_own() -> None:
     first, second = (torch.cat(shuffled_batches(50, 10, random)) for _ in range(2))
     assert not torch.equal(first, second)
     assert torch.equal(first, torch.cat(shuffled_batches(50, 10, generator(0))))
+
+
+def test_batches_may_be_elsewhere() -> None:
+    found = shuffled_batches(8, 4, generator(0), torch.device("meta"))
+    assert [batch.device.type for batch in found] == ["meta", "meta"]
+
+
+@pytest.mark.parametrize("before", [(False, False), (True, True), (True, False)])
+def test_determinism_is_put_back(before: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+    def now() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    try:
+        with deterministic(False):
+            assert now() == before
+        with deterministic():
+            assert now() == (True, True)
+            assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert now() == before
+        with pytest.raises(KeyError), deterministic():
+            raise KeyError
+        assert now() == before
+    finally:
+        torch.use_deterministic_algorithms(False)

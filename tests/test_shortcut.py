@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from channel_cases import assert_as_found, snapshot
 from debackdoor.detectors.perturbations import KINDS, Additive, Patch, Perturbations, Sizes, Warp
@@ -50,6 +51,21 @@ def test_a_warp_moves_no_further_than_its_reach() -> None:
     columns = (torch.arange(16.0) / 15).expand(1, 1, 16, 16)
     moved = (group.apply(columns, torch.tensor([0])) - columns)[0, 0, :, :-1] * 15
     assert torch.allclose(moved, torch.ones(16, 15), atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (9, 21)])
+def test_a_warp_is_interpolated_as_torch_does_also_in_half_precision(size: tuple[int, int]) -> None:
+    group = Warp(2, (1, *size), Sizes(warp=1 / 16), generator(0))
+    like = torch.zeros(3, 1, *size)
+    values = torch.randn(2, 1, Warp.GRID, Warp.GRID, generator=generator(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        matrix = group._interpolation(like)
+    expected = F.interpolate(values, size=size, mode="bicubic", align_corners=True)
+    assert torch.allclose((values.flatten(2) @ matrix).view(2, 1, *size), expected, atol=1e-5)
+    x, index = torch.rand(3, 1, *size, generator=generator(2)), torch.tensor([1, 0, 1])
+    full = group.apply(x, index)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(group.apply(x, index), full)
 
 
 def test_aims_are_of_every_kind() -> None:

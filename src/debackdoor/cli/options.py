@@ -81,6 +81,9 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Take at most this many i
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="Seed of everything random.")]
 DeviceName = Annotated[Device, typer.Option("--device", help="Where to compute.")]
 PrecisionName = Annotated[Precision, typer.Option("--precision", help="How to compute.")]
+Deterministic = Annotated[
+    bool, typer.Option("--deterministic", help="On a GPU, compute the same numbers in every run; takes longer.")
+]
 Memory = Annotated[float, typer.Option(min=0, metavar="GIB", help="How much memory may be taken, in GiB.")]
 JsonTo = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")

@@ -122,10 +122,10 @@ class Warp(Perturbations):
 
     def apply(self, x: Tensor, index: Tensor) -> Tensor:
         field = self.reach * self.parameters[0].tanh()[index]
-        with torch.autocast(x.device.type, enabled=False):
-            field = (field.flatten(2) @ self._interpolation(x)).view(len(x), 2, *x.shape[-2:]).permute(0, 2, 3, 1)
         still = torch.eye(2, 3, device=x.device).expand(len(x), 2, 3)
-        grid = F.affine_grid(still, list(x.shape), align_corners=False) + field
+        with torch.autocast(x.device.type, enabled=False):  # in half precision every pixel would be a little elsewhere
+            moved = (field.flatten(2) @ self._interpolation(x)).view(len(x), 2, *x.shape[-2:])
+            grid = F.affine_grid(still, list(x.shape), align_corners=False) + moved.permute(0, 2, 3, 1)
         return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
     def _interpolation(self, like: Tensor) -> Tensor:
