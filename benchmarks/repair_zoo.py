@@ -32,7 +32,7 @@ from debackdoor.defenses import FineTuning
 from debackdoor.evaluation import Evaluation, accuracy, defence_effectiveness, evaluate
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
-from debackdoor.runtime import resolve_device, versions
+from debackdoor.runtime import device_name, resolve_device, versions
 from debackdoor.types import CleanSet, RepairResult
 from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
 
@@ -115,6 +115,7 @@ def record_of(
         "verification": None if result.verification is None else asdict(result.verification),
         "sha256": card.sha256,
         "versions": versions(),
+        "device": device_name(clean.x.device),
         "threads": torch.get_num_threads(),
         "commit": commit(),
         "error": None,

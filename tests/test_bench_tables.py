@@ -53,6 +53,20 @@ def test_defences_are_compared_on_what_all_have() -> None:
     assert [ours.accuracy_lost_clean, other.accuracy_lost_clean] == pytest.approx([0.0, 0.03])
 
 
+def test_seconds_of_several_devices_are_said_to_be() -> None:
+    here, there, unnamed = (
+        [item | more for item in RECORDS] for more in ({"device": "cpu"}, {"device": "NVIDIA H200"}, {"device": None})
+    )
+    assert compare(here).devices == ("cpu",)
+    assert "Seconds" not in compare(here).note
+    mixed = compare([*here[:4], *there[4:]])
+    assert mixed.devices == ("NVIDIA H200", "cpu")
+    assert " Seconds and memory are those of NVIDIA H200 and cpu: compare them on one alone." in mixed.note
+    assert compare([*here[:4], *unnamed[4:]]).devices == ("an unnamed device", "cpu")
+    # What is not compared does not count.
+    assert compare([*here[:6], *(item | {"device": "elsewhere"} for item in here[6:7]), *here[7:]]).devices == ("cpu",)
+
+
 def test_fewer_defences_share_more() -> None:
     (row,) = compare(RECORDS, ["ours"]).rows
     assert row.cells == 3

@@ -64,6 +64,17 @@ def test_defences_side_by_side_follow_from_their_records(
     assert f"<!-- {marker} -->\n{table}\n<!-- /{marker} -->" in (ROOT / "docs" / "results.md").read_text()
 
 
+def test_the_matrix_follows_from_its_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    shown = [ROOT / "docs" / "results.md", ROOT / "README.md", ROOT / "docs" / "matrix.html"]
+    made = [tmp_path / path.name for path in shown]
+    for path, copy in zip(shown[:2], made[:2], strict=True):
+        copy.write_text(path.read_text())
+    folders = [RECORDS, RECORDS.parent / "bench"]
+    importlib.import_module("matrix").publish(folders, *made, images=500, least=40)
+    assert [path.read_text() for path in made] == [path.read_text() for path in shown]
+
+
 def test_der_of_every_record_follows_from_its_rates() -> None:
     """(removed success - lost accuracy + 1) / 2, nothing below zero."""
     for path in RECORDS.glob("*.json"):

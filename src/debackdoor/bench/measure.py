@@ -26,7 +26,7 @@ from debackdoor.defenses import FineTuning
 from debackdoor.errors import DataError
 from debackdoor.evaluation import Evaluation, accuracy, defence_effectiveness, evaluate
 from debackdoor.models import load_model
-from debackdoor.runtime import resolve_device, versions
+from debackdoor.runtime import device_name, resolve_device, versions
 from debackdoor.types import CleanSet, RepairResult
 from debackdoor.zoo import CLEAN, Card, read_card, trigger_of, weights_of
 
@@ -163,8 +163,7 @@ def _made_by(device: torch.device | None) -> dict[str, Any]:
     made = {"versions": versions(), "commit": commit()}
     if device is None:
         return {"device": None, "threads": None, **made}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {"device": name, "threads": torch.get_num_threads(), **made}
+    return {"device": device_name(device), "threads": torch.get_num_threads(), **made}
 
 
 @lru_cache(maxsize=1)

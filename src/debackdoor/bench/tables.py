@@ -64,6 +64,7 @@ class Comparison:
         shared_clean: the same of clean models.
         left_out: how many finished cells are not compared, since not every defence has theirs.
         failed: how many cells ended with an error.
+        devices: what the compared cells were computed on.
         records: all of them.
     """
 
@@ -72,6 +73,7 @@ class Comparison:
     shared_clean: frozenset[Place]
     left_out: int
     failed: int
+    devices: tuple[str, ...]
     records: Sequence[Record]
 
     @property
@@ -88,6 +90,8 @@ class Comparison:
             said += f" {_count(self.left_out, 'cell')} left out, since not all of the defences have them."
         if self.failed:
             said += f" {_count(self.failed, 'cell')} failed and left out."
+        if len(self.devices) > 1:
+            said += f" Seconds and memory are those of {' and '.join(self.devices)}: compare them on one alone."
         if not all(row.blind for row in self.rows):
             said += " Not blind: how far the method goes was published with it, not chosen on the clean images."
         return said
@@ -127,6 +131,7 @@ def compare(records: Sequence[Record], defenses: Iterable[str] = ()) -> Comparis
         shared_clean=shared_clean,
         left_out=len(finished) - len(chosen) * (len(shared) + len(shared_clean)),
         failed=len(everything) - len(finished),
+        devices=_devices(record for record in finished if place_of(record) in shared | shared_clean),
         records=everything,
     )
 
@@ -134,6 +139,10 @@ def compare(records: Sequence[Record], defenses: Iterable[str] = ()) -> Comparis
 def place_of(record: Record) -> Place:
     """The model, seed and number of clean images of a record."""
     return record["model"], record["seed"], record["clean_images"]
+
+
+def _devices(records: Iterable[Record]) -> tuple[str, ...]:
+    return tuple(sorted({record.get("device") or "an unnamed device" for record in records}))
 
 
 def _shared(chosen: Mapping[str, Sequence[Record]], wanted: Callable[[Record], bool]) -> frozenset[Place]:

@@ -1,0 +1,72 @@
+"""The matrix of all defences on the slim zoo, from the records of ``bench run`` and of ``repair_zoo.py``.
+
+    python benchmarks/matrix.py benchmarks/results/repair benchmarks/results/bench --into docs/results.md \\
+        --summary-into README.md --html docs/matrix.html
+
+A defence with fewer than ``--least`` cells is left out, and named. The first table is of what works on every network,
+the second of all defences on the networks that all of them take.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from publish import replace_between
+
+from debackdoor.bench.page import to_html
+from debackdoor.bench.records import read_records
+from debackdoor.bench.tables import Comparison, Row, compare, to_markdown
+from debackdoor.files import atomic_write_text
+
+OURS = ("repair", "rnp")
+
+
+def publish(
+    folders: Annotated[list[Path], typer.Argument(help="folders of records")],
+    into: Annotated[Path, typer.Option(help="page whose tables between the markers are replaced")],
+    summary_into: Annotated[Path, typer.Option(help="page that gets the summary alone")],
+    html: Annotated[Path, typer.Option(help="page with the whole matrix")],
+    images: Annotated[int, typer.Option(help="clean images")] = 500,
+    least: Annotated[int, typer.Option(help="cells that a defence must have, failed ones included")] = 40,
+) -> None:
+    """Tables, the page, and a summary."""
+    records = [
+        record for record in read_records(folders) if record["clean_images"] == images and record["attack"] != "clean"
+    ]
+    cells = Counter(record["defense"] for record in records)
+    few = {name: count for name, count in sorted(cells.items()) if count < least}
+    failing = {record["defense"] for record in records if record["error"] is not None}
+    names = [name for name in cells if name not in few]
+    everywhere = compare(records, [name for name in names if name not in failing])
+    everything = compare(records, names)
+    replace_between(into, "matrix", to_markdown(everywhere))
+    replace_between(into, "matrix-all", to_markdown(everything))
+    replace_between(into, "matrix-few", ", ".join(f"{name}: {count}" for name, count in few.items()) or "none")
+    replace_between(summary_into, "matrix-summary", summary(everywhere, everything))
+    atomic_write_text(html, to_html(everywhere))
+
+
+def summary(everywhere: Comparison, everything: Comparison) -> str:
+    """Ours beside the best of the others."""
+    said = []
+    for found, where in ((everywhere, "every network"), (everything, "networks with batch normalisation")):
+        ours = next(row for row in found.rows if row.defense in OURS)
+        others = [row for row in found.rows if row.defense not in OURS]
+        best, steady = max(others, key=lambda row: row.der_mean), max(others, key=lambda row: row.der_worst)
+        said.append(
+            f"{len(found.rows)} defences on {where}, {ours.cells} cells each (models and seeds): "
+            f"{_in_words(ours)}; the best other mean is that of {_in_words(best)}, and the best other worst cell that "
+            f"of {_in_words(steady)}."
+        )
+    return " ".join(said)
+
+
+def _in_words(row: Row) -> str:
+    return f"{row.defense} (DER {row.der_mean:.3f}, worst {row.der_worst:.3f})"
+
+
+if __name__ == "__main__":
+    typer.run(publish)
