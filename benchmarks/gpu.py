@@ -66,10 +66,11 @@ def measure(card: Card, zoo: Path, rounds: int, limit: int, count: bool) -> dict
     """Scans and repairs one model again and again, always with the same seed."""
     model = load_model(weights_of(zoo, card.name), card.arch)
     clean = db.load_clean(card.dataset, limit=limit, seed=0)
+    counted = {name: waits(call) for name, call in _calls(model, clean).items()} if count else {}
     memory = PeakMemory(torch.device(PLACE))
     scans, reports = _timed(lambda: db.scan(model, clean, device=PLACE), rounds)
     repairs, results = _timed(lambda: db.repair(model, clean, device=PLACE), rounds)
-    report, result = reports[-1], results[-1]
+    peak, report, result = memory.record(), reports[-1], results[-1]
     return {
         "schema": SCHEMA,
         **{name: getattr(card, name) for name in ("name", "attack", "dataset", "arch", "target", "sha256")},
@@ -79,8 +80,8 @@ def measure(card: Card, zoo: Path, rounds: int, limit: int, count: bool) -> dict
         "repair": repairs | {"changed": result.changed},
         "rates": _rates(card, zoo, {"before": model, "after": result.model}),
         "same_again": _same(results),
-        "waits": {name: waits(call) for name, call in _calls(model, clean).items()} if count else {},
-        **memory.record(),
+        "waits": counted,
+        **peak,
         "gpu": torch.cuda.get_device_name(),
         "versions": versions(),
         "commit": commit(),

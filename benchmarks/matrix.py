@@ -1,10 +1,10 @@
-"""The matrix of all defences on the slim zoo, from the records of ``bench run`` and of ``repair_zoo.py``.
+"""The matrix of defences on the slim zoo, from the records of ``bench run`` and of ``repair_zoo.py``.
 
     python benchmarks/matrix.py benchmarks/results/repair benchmarks/results/bench --into docs/results.md \\
         --summary-into README.md --html docs/matrix.html
 
-A defence with fewer than ``--least`` cells is left out, and named. The first table is of what works on every network,
-the second of all defences on the networks that all of them take.
+A defence with fewer than ``--least`` cells is left out, and named. The first table is of what worked on every model,
+the second of all defences on the models that all of them took; the page has everything.
 """
 
 from __future__ import annotations
@@ -46,18 +46,22 @@ def publish(
     replace_between(into, "matrix-all", to_markdown(everything))
     replace_between(into, "matrix-few", ", ".join(f"{name}: {count}" for name, count in few.items()) or "none")
     replace_between(summary_into, "matrix-summary", summary(everywhere, everything))
-    atomic_write_text(html, to_html(everywhere))
+    atomic_write_text(html, to_html(everything))
 
 
 def summary(everywhere: Comparison, everything: Comparison) -> str:
     """Ours beside the best of the others."""
     said = []
-    for found, where in ((everywhere, "every network"), (everything, "networks with batch normalisation")):
+    for found, where in (
+        (everywhere, "none of which failed"),
+        (everything, "of which some fail without batch normalisation"),
+    ):
         ours = next(row for row in found.rows if row.defense in OURS)
         others = [row for row in found.rows if row.defense not in OURS]
         best, steady = max(others, key=lambda row: row.der_mean), max(others, key=lambda row: row.der_worst)
         said.append(
-            f"{len(found.rows)} defences on {where}, {ours.cells} cells each (models and seeds): "
+            f"{len(found.rows)} defences, {where}, on {len({place[0] for place in found.shared})} models with "
+            f"{len({place[1] for place in found.shared})} seeds: "
             f"{_in_words(ours)}; the best other mean is that of {_in_words(best)}, and the best other worst cell that "
             f"of {_in_words(steady)}."
         )

@@ -60,7 +60,7 @@ def run(
     names: Annotated[list[str] | None, typer.Argument(help=f"out of {', '.join(CASES)}; by default all")] = None,
     models: Annotated[Path, typer.Option(help="folder of the trained networks")] = Path("victims"),
     train_on: Annotated[int, typer.Option(help="images that these are trained on")] = 20_000,
-    epochs: Annotated[int, typer.Option(help="passes over them")] = 3,
+    epochs: Annotated[int, typer.Option(help="passes over them")] = 10,
     pairs: Annotated[int, typer.Option(help="times that each is timed")] = 3,
     images: Annotated[int, typer.Option(help="clean images")] = 500,
 ) -> None:

@@ -19,6 +19,9 @@ from debackdoor.errors import DebackdoorError
 DEVICES = ("auto", "cpu", "cuda")
 PRECISIONS = ("auto", "fp32", "bf16")
 
+REPORT_EVERY = 10
+"""Progress tells of one step of learning in so many."""
+
 _at_once: ContextVar[int | None] = ContextVar("at_once", default=None)
 
 
@@ -105,8 +108,13 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def to_report(done: int, total: int) -> bool:
+    """Whether this step is one of the few that progress tells of: the numbers of a step have to be waited for."""
+    return done % REPORT_EVERY == 0 or done == total
+
+
 def sent(value: Tensor, place: torch.device) -> Tensor:
-    """The tensor on a device, without waiting until that has computed all it was asked to.
+    """A tensor of the CPU on a device, without waiting until that has computed all it was asked to.
 
     Random numbers come from the CPU, so that they are the same wherever the model is.
     """
@@ -134,7 +142,8 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def deterministic(asked: bool = True) -> Iterator[None]:
     """Inside, every run on a GPU computes the same numbers, and takes longer; on a CPU it does so anyway.
 
-    For the process as a whole, so that it belongs around everything; torch's settings are then put back.
+    Torch warns of layers for which it knows no such algorithm. It holds for the process as a whole, and belongs around
+    everything that uses the GPU; torch's settings are then put back, the environment's is not.
     """
     if not asked:
         yield
@@ -144,11 +153,13 @@ def deterministic(asked: bool = True) -> Iterator[None]:
     # Warning alone, since torch refuses every gradient of grid_sample; that of the images, which adds up in any order,
     # is not asked for here.
     torch.use_deterministic_algorithms(True, warn_only=True)
+    timed, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False  # it would choose by the clock
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
+            warnings.filterwarnings("ignore", message="grid_sampler_2d_backward_cuda does not have a deterministic")
             yield
     finally:
+        torch.backends.cudnn.benchmark = timed
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 

@@ -172,7 +172,7 @@ class _Game:
             logits = masked_call(self.model, self.layers, factors, x.clone(), self.parameters, self.buffers).float()
         loss = F.cross_entropy(logits, y)
         (gradient,) = torch.autograd.grad(loss, leaf)
-        return loss.detach(), gradient, hits(logits.detach(), y) / len(y)
+        return loss.detach(), gradient, hits(logits.detach(), y).double() / len(y)
 
 
 def scales_and_shifts(

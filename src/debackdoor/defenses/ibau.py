@@ -135,7 +135,7 @@ class IBAU(Defense):
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.grad = gradient
         optimizer.step()
-        return outer.detach()
+        return outer.detach().double()
 
     def _inner(self, model: nn.Module, x: Tensor, y: Tensor, d: Tensor) -> Tensor:
         """What the perturbation minimises."""

@@ -22,7 +22,7 @@ from debackdoor.models.copying import copied
 from debackdoor.models.forward import hits, logits_of
 from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.rnp.prune import plan_mask, prune
-from debackdoor.runtime import autocast, generator, parts, sent, shuffled_batches
+from debackdoor.runtime import autocast, generator, parts, sent, shuffled_batches, to_report
 from debackdoor.types import CleanSet, Plan, Progress
 
 
@@ -153,7 +153,7 @@ class Lesson:
                 group["lr"] = s.lr * _schedule(step / s.steps, s.warm_up)
             loss, right = self._step(self._draw())
             losses.append(loss)
-            if progress is not None:
+            if progress is not None and to_report(step, s.steps):
                 progress("relearn", step, s.steps, {"accuracy": right.item()})
         # Not before: a GPU would have to be waited for at every step.
         found = torch.stack(losses).tolist()

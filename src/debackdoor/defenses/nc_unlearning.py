@@ -132,7 +132,7 @@ class NCUnlearning(Defense):
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-                total, seen = total + loss.detach() * len(index), seen + len(index)
+                total, seen = total + loss.detach().double() * len(index), seen + len(index)
             history.append({"epoch": epoch, "loss": total.item() / seen})
             if progress is not None:
                 progress("fine-tune", epoch, self.epochs, {"loss": history[-1]["loss"]})

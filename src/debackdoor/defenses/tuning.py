@@ -116,7 +116,7 @@ class Tuning(Defense):
                 optimizer.zero_grad(set_to_none=True)
                 loss = backward(x, fit.y[index])
                 optimizer.step()
-                total, seen = total + loss.detach() * len(index), seen + len(index)
+                total, seen = total + loss.detach().double() * len(index), seen + len(index)
             loss_sum = total.item()  # once an epoch: a GPU has to be waited for
             if not math.isfinite(loss_sum):
                 raise ModelError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from debackdoor.fusing import fused
 from debackdoor.models.forward import logits_of, margins_of, predict
-from debackdoor.runtime import at_most, autocast, generator, sent
+from debackdoor.runtime import at_most, autocast, generator, sent, to_report
 from debackdoor.types import CleanSet, Progress, RecoveredTrigger
 
 LARGER = 4.0
@@ -70,7 +70,7 @@ def search_triggers(
     search = _Search(model, fit, labels, settings, seed, precision)
     for done in range(settings.steps):
         search.step()
-        if progress is not None:
+        if progress is not None and to_report(done + 1, settings.steps):
             progress("search trigger", done + 1, settings.steps, {"pixels": float(search.best_l1.min())})
     return [search.result(position, holdout) for position in range(len(labels))]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from debackdoor.data.augment import random_shift
 from debackdoor.detectors.perturbations import KINDS, Additive, Patch, Perturbations, Sizes
 from debackdoor.models.forward import logits_of, predict
-from debackdoor.runtime import at_most, autocast, generator, sent
+from debackdoor.runtime import at_most, autocast, generator, sent, to_report
 from debackdoor.types import CleanSet, Progress
 
 AWAY = -1
@@ -82,7 +82,10 @@ class UniversalSearch:
         return patterns[[aim.kind for aim in self.aims[:number]].count(Additive)].detach().clone()
 
     def loss(self, logits: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        """What the perturbations descend: the sum over the images of how far their answers are from the aims'."""
+        """What the perturbations descend: the sum over the images of how far their answers are from the aims'.
+
+        ``index`` (N,), on the CPU, names the aims.
+        """
         target = sent(self.targets[index], logits.device)
         towards = F.cross_entropy(logits, target.clamp(min=0), reduction="none")
         # Bounded, so that an image that is far from its label already does not outvote the others.
@@ -114,7 +117,7 @@ class UniversalSearch:
             for group in self.groups:
                 group.loosen(1 + 3 * max(0.0, 1 - 2 * done / steps))
             loss = self._descend(model, fit, index, images, precision)
-            if progress is not None:
+            if progress is not None and to_report(done + 1, steps):
                 progress("search perturbations", done + 1, steps, {"loss": loss.item() / len(self)})
         return self
 

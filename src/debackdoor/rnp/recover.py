@@ -100,7 +100,7 @@ def recover(
                     loss = settings.weight * share * F.cross_entropy(logits, y[part])
                     mask.grad += torch.autograd.grad(loss, mask)[0]
                     # Read after the pass: before, a GPU would have to be waited for.
-                    loss_sum = loss_sum + loss.detach() * len(y)
+                    loss_sum = loss_sum + loss.detach().double() * len(y)
                     right = right + hits(logits, y[part])
                 optimizer.step()
                 with torch.no_grad():
