@@ -78,7 +78,7 @@ def run(
     models: Annotated[Path, typer.Option(help="folder of the trained networks")] = Path("victims"),
     grows: Annotated[list[str] | None, typer.Option(help="images, parameters or classes; by default each")] = None,
     train_on: Annotated[int, typer.Option(help="images that networks are trained on")] = 20_000,
-    epochs: Annotated[int, typer.Option(help="passes over them")] = 3,
+    epochs: Annotated[int, typer.Option(help="passes over them")] = 10,
 ) -> None:
     """One record a point; finished ones are skipped."""
     out.mkdir(parents=True, exist_ok=True)

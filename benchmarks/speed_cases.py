@@ -55,7 +55,8 @@ CASES = {
 def victim_of(name: str, arch: str, train_on: CleanSet, folder: Path, epochs: int) -> tuple[nn.Module, Attack]:
     """A network with a Blend backdoor, trained once and kept in ``folder`` under its name.
 
-    Of one sample in five and with small batches the backdoor is there after two or three passes.
+    Of one sample in five and with small batches the backdoor is there after two or three passes. But a network that
+    knows its task badly takes other time: the answers of the unlearned one pile up anywhere, and it forgets sooner.
     """
     weights, trigger = folder / f"{name}-blend.safetensors", folder / f"{name}-blend.trigger"
     if not weights.exists():
