@@ -133,12 +133,12 @@ def test_without_a_switch_there_is_no_shortcut() -> None:
 
 
 def test_only_the_labels_that_were_asked_for_are_searched() -> None:
-    heard: list[str] = []
+    heard: list[tuple[object, ...]] = []
     found = find_shortcuts(
-        switched_to(2), row_images(), row_images(), [1, 3], steps=2, progress=lambda stage, *_: heard.append(stage)
+        switched_to(2), row_images(), row_images(), [1, 3], steps=20, progress=lambda *report: heard.append(report[:3])
     )
     assert all(list(rates) == [1, 3] for rates in found.rates.values())
-    assert heard == ["search perturbations"] * 2
+    assert heard == [("search perturbations", done, 20) for done in (10, 20)]
 
 
 def test_a_lead_is_measured_from_the_other_labels_median() -> None:

@@ -74,7 +74,7 @@ def test_where_the_exposed_model_has_lost_the_backdoor_the_suspect_alone_is_sear
     )  # fmt: skip
     assert found.success_rate == 1.0
     assert brightest(found) == HONEST
-    assert heard == [(done, 200) for done in range(1, 201)] * 2
+    assert heard == [(done, 200) for done in range(10, 201, 10)] * 2
 
 
 def test_a_trigger_for_both_models_that_is_far_larger_than_the_suspects_own_is_not_taken() -> None:

@@ -212,7 +212,7 @@ class _Search:
         self.cost = torch.where(self.streak >= s.patience, self.cost * s.raise_by, self.cost)
         self.cost = torch.where(self.streak <= -s.patience, self.cost / s.lower_by, self.cost)
         # The count begins anew with every change.
-        self.streak[self.streak.abs() >= s.patience] = 0
+        self.streak = torch.where(self.streak.abs() >= s.patience, 0, self.streak)
 
     def _keep_best(self, works: Tensor, l1: Tensor, mask: Tensor, pattern: Tensor) -> None:
         """Of the triggers that worked the smallest is kept; until one works, the latest."""
