@@ -31,16 +31,19 @@ LONG_ENOUGH = 5.0
 """Seconds that a rate is measured over, about."""
 
 
-def gemm_rates(repeats: int = 3) -> dict[str, float]:
-    """Floating point operations a second, the best of a few, by precision."""
-    return {name: max(_gemm(kind) for _ in range(repeats)) for name, kind in KINDS.items()}
+def gemm_rates() -> dict[str, float]:
+    """Floating point operations a second, by precision, over some seconds, since the loops take as long."""
+    return {name: _gemm(kind) for name, kind in KINDS.items()}
 
 
 def _gemm(kind: torch.dtype) -> float:
     a, b = (torch.randn(SIZE, SIZE).to(kind) for _ in range(2))
-    started = time.perf_counter()
     a @ b
-    return 2 * SIZE**3 / (time.perf_counter() - started)
+    count, started = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - started) < LONG_ENOUGH / 2:
+        a @ b
+        count += 1
+    return count * 2 * SIZE**3 / seconds
 
 
 @dataclass(frozen=True)
