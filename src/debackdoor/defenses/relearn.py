@@ -76,7 +76,7 @@ def relearn(
         settings: hyper-parameters.
         seed: of order, augmentation and search.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: called after every step.
+        progress: called after every few steps.
     """
     s = settings or RelearnSettings()
     right = _right(model, holdout, precision)

@@ -71,7 +71,7 @@ def neural_cleanse(
         settings: of the search; by default the published ones.
         seed: of the search.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: called after every step.
+        progress: called after every few steps.
     """
     triggers = search_triggers(
         model,

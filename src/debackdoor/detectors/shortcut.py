@@ -84,7 +84,7 @@ def find_shortcuts(
         steps: of the search.
         seed: of the search.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: called after every step.
+        progress: called after every few steps.
     """
     sizes = sizes or Sizes()
     search = UniversalSearch([*aims_at(labels), *patches_away(away)], fit.x, sizes, seed)

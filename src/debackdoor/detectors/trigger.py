@@ -118,7 +118,7 @@ def recover_trigger(
         settings: of the search.
         seed: of the search.
         precision: ``auto``, ``fp32`` or ``bf16``.
-        progress: called after every step.
+        progress: called after every few steps.
     """
     settings = settings or SearchSettings(steps=200, success=0.95)
     suspect, exposed = (fused(model, fit.x[:2]) for model in (suspect, exposed))
