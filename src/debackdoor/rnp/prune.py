@@ -59,16 +59,25 @@ def spared(ranking: Plan, measure: Callable[[Plan], Cost], budget: float, *, gro
 
     Args:
         ranking: candidates, most suspicious first.
-        measure: what pruning a plan costs; called with the empty plan first.
+        measure: what pruning a plan costs; called with the empty plan first, and once for the same channels.
         budget: how far accuracy may fall, a fraction.
         group: channels in a group.
     """
     plan: Plan = ()
-    start = now = measure(plan)
+    # The last part of a refused group, after the others were taken, is the group once more.
+    known: dict[frozenset[PlannedChannel], Cost] = {}
+
+    def cost_of(channels: Plan) -> Cost:
+        key = frozenset(channels)
+        if key not in known:
+            known[key] = measure(channels)
+        return known[key]
+
+    start = now = cost_of(plan)
     waiting = [ranking[i : i + group] for i in range(0, len(ranking), group)][::-1]
     while waiting:
         candidates = waiting.pop()
-        cost = measure(plan + candidates)
+        cost = cost_of(plan + candidates)
         # A fall of exactly the budget is within it, whatever the last bit of the difference says.
         if start.accuracy - cost.accuracy <= budget + 1e-9 and cost.loss <= now.loss + budget / 8:
             plan, now = plan + candidates, cost
