@@ -31,6 +31,7 @@ from speed_cases import victim_of
 from torch import Tensor, nn
 
 import debackdoor as db
+from debackdoor.allocator import keep_freed_memory
 from debackdoor.bench.executors import Executor, execute
 from debackdoor.channels import count_channels, find_channels
 from debackdoor.data import load_dataset
@@ -222,4 +223,5 @@ def draw(
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     app()
