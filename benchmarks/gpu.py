@@ -13,7 +13,7 @@ import json
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
@@ -138,14 +138,19 @@ def table(
     into: Annotated[Path | None, typer.Option(help="page whose table between the markers is replaced")] = None,
 ) -> None:
     """A Markdown table."""
-    rows = sorted((json.loads(path.read_text()) for path in records.glob("*.json")), key=lambda row: row["parameters"])
-    names = ("network", "parameters", "model", "verdict", "scan, s", "repair, s", "CA before", "after", "ASR before",
-             "after", "peak GPU memory, MiB", "GPU")  # fmt: skip
-    text = "\n".join(["| " + " | ".join(names) + " |", "|---" * len(names) + "|", *map(_row, rows)])
+    text = render([json.loads(path.read_text()) for path in sorted(records.glob("*.json"))])
     if into is None:
         typer.echo(text)
     else:
         replace_between(into, "gpu", text)
+
+
+def render(records: Sequence[dict[str, Any]]) -> str:
+    """The table, small networks first."""
+    names = ("network", "parameters", "model", "verdict", "scan, s", "repair, s", "CA before", "after", "ASR before",
+             "after", "peak GPU memory, MiB", "GPU")  # fmt: skip
+    rows = sorted(records, key=lambda row: row["parameters"])
+    return "\n".join(["| " + " | ".join(names) + " |", "|---" * len(names) + "|", *map(_row, rows)])
 
 
 def _row(row: dict[str, Any]) -> str:

@@ -31,7 +31,7 @@ _LOOPS = _header(
     "recovery: images/s, ours", "published", "ratio", "share of GEMM rate",
 )  # fmt: skip
 _WHOLE = _header(
-    "network", "repair, s", "published, s", "ratio", "without tests after passes", "ratio", "peak memory, MiB",
+    "network", "pairs", "repair, s", "published, s", "ratio", "without tests after passes", "ratio", "peak memory, MiB",
     "published", "scan, s", "ASR before", "after",
 )  # fmt: skip
 _LARGE = _header("network", "parameters", "clean images", "limit, GiB", "peak, MiB", "s")
@@ -66,7 +66,7 @@ def _loop_row(record: Record) -> str:
 def _whole_row(record: Record) -> str:
     before, ours, theirs = ([row[kind] for row in record["whole"]] for kind in ("before", "ours", "published"))
     seconds = [found["seconds"] for found in ours]
-    cells = [record["name"], f"{_median(seconds):.0f}"]
+    cells = [record["name"], str(len(ours)), f"{_median(seconds):.0f}"]
     # A run that gave up, since its unlearning ended too early, says nothing of what the whole procedure takes.
     whole = [(here, found) for here, found in zip(seconds, theirs, strict=True) if not found["error"]]
     for name in ("seconds", "seconds_without_tests"):
@@ -76,7 +76,7 @@ def _whole_row(record: Record) -> str:
         ratios = [found[name] / here for here, found in whole]
         cells += [f"{_median([found[name] for _, found in whole]):.0f}", f"{_median(ratios):.1f}"]
     cells += [str(max(found["peak_memory_mib"] for found in kind)) for kind in (ours, theirs)]
-    cells.append(f"{record['scan']['seconds']:.0f}")
+    cells.append(f"{record['scan']['seconds']:.0f}" if "scan" in record else "-")
     rates = before, [found["after"] for found in ours]
     return _row([*cells, *(f"{_median([rate['attack_success_rate'] for rate in kind]):.1%}" for kind in rates)])
 

@@ -64,6 +64,21 @@ def test_defences_side_by_side_follow_from_their_records(
     assert f"<!-- {marker} -->\n{table}\n<!-- /{marker} -->" in (ROOT / "docs" / "results.md").read_text()
 
 
+def test_times_follow_from_their_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page = (ROOT / "docs" / "performance.md").read_text()
+    records = {
+        kind: [json.loads(path.read_text()) for path in sorted((RECORDS.parent / kind).glob("*.json"))]
+        for kind in ("speed", "gpu")
+    }
+    tables = importlib.import_module("speed_tables").render(records["speed"])
+    shown = {name: text for name, text in tables.items() if f"<!-- {name} -->" in page}
+    shown["gpu"] = importlib.import_module("gpu").render(records["gpu"])
+    assert {"speed-whole", "speed-loops", "gpu"} == set(shown)
+    for name, text in shown.items():
+        assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in page
+
+
 def test_the_matrix_follows_from_its_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     shown = [ROOT / "docs" / "results.md", ROOT / "README.md", ROOT / "docs" / "matrix.html"]
