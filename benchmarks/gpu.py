@@ -32,7 +32,7 @@ from debackdoor.evaluation import evaluate
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
 from debackdoor.runtime import versions
-from debackdoor.types import CleanSet, RepairResult
+from debackdoor.types import RepairResult
 from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
 
 SCHEMA = "debackdoor/gpu/1"
@@ -55,7 +55,7 @@ def run(
     out.mkdir(parents=True, exist_ok=True)
     cards = {card.name: card for card in list_cards(zoo)}
     for card in (cards[name] for name in names or cards):
-        target = out / f"{cards[card.name].arch}-{card.name}.json"
+        target = out / f"{card.arch}-{card.name}.json"
         if not target.exists():
             record = measure(card, zoo, rounds, limit, count)
             atomic_write_text(target, json.dumps(record, indent=1) + "\n")
@@ -66,11 +66,15 @@ def measure(card: Card, zoo: Path, rounds: int, limit: int, count: bool) -> dict
     """Scans and repairs one model again and again, always with the same seed."""
     model = load_model(weights_of(zoo, card.name), card.arch)
     clean = db.load_clean(card.dataset, limit=limit, seed=0)
-    counted = {name: waits(call) for name, call in _calls(model, clean).items()} if count else {}
+    calls = {
+        "scan": lambda: db.scan(model, clean, device=PLACE),
+        "repair": lambda: db.repair(model, clean, device=PLACE),
+    }
     memory = PeakMemory(torch.device(PLACE))
-    scans, reports = _timed(lambda: db.scan(model, clean, device=PLACE), rounds)
-    repairs, results = _timed(lambda: db.repair(model, clean, device=PLACE), rounds)
+    (scans, reports), (repairs, results) = (_timed(call, rounds) for call in calls.values())
     peak, report, result = memory.record(), reports[-1], results[-1]
+    # After the first run, which loads kernels, and before the model is moved to be measured.
+    counted = {name: waits(call) for name, call in calls.items()} if count else {}
     return {
         "schema": SCHEMA,
         **{name: getattr(card, name) for name in ("name", "attack", "dataset", "arch", "target", "sha256")},
@@ -85,13 +89,6 @@ def measure(card: Card, zoo: Path, rounds: int, limit: int, count: bool) -> dict
         "gpu": torch.cuda.get_device_name(),
         "versions": versions(),
         "commit": commit(),
-    }
-
-
-def _calls(model: nn.Module, clean: CleanSet) -> dict[str, Callable[[], Any]]:
-    return {
-        "scan": lambda: db.scan(model, clean, device=PLACE),
-        "repair": lambda: db.repair(model, clean, device=PLACE),
     }
 
 

@@ -1,5 +1,6 @@
 """The matrix of defences on the slim zoo, from the records of ``bench run`` and of ``repair_zoo.py``.
 
+    debackdoor bench run --out benchmarks/results/bench benchmarks/matrix.toml
     python benchmarks/matrix.py benchmarks/results/repair benchmarks/results/bench --into docs/results.md \\
         --summary-into README.md --html docs/matrix.html
 
@@ -60,8 +61,8 @@ def summary(everywhere: Comparison, everything: Comparison) -> str:
         others = [row for row in found.rows if row.defense not in OURS]
         best, steady = max(others, key=lambda row: row.der_mean), max(others, key=lambda row: row.der_worst)
         said.append(
-            f"{len(found.rows)} defences, {where}, on {len({place[0] for place in found.shared})} models with "
-            f"{len({place[1] for place in found.shared})} seeds: "
+            f"{len(found.rows)} defences, {where}, on {ours.cells} cells (a model and a choice of clean images) of "
+            f"{len({place[0] for place in found.shared})} models: "
             f"{_in_words(ours)}; the best other mean is that of {_in_words(best)}, and the best other worst cell that "
             f"of {_in_words(steady)}."
         )

@@ -247,7 +247,7 @@ def table(
     for name, text in speed_tables.render(rows).items():
         if into is None:
             typer.echo(text + "\n")
-        elif f"<!-- {name} -->" in into.read_text():
+        else:
             replace_between(into, name, text)
 
 

@@ -38,15 +38,16 @@ _LARGE = _header("network", "parameters", "clean images", "limit, GiB", "peak, M
 
 
 def render(records: Sequence[Record]) -> dict[str, str]:
-    """The tables by the name of their markers."""
+    """The tables that there are records for, by the name of their markers."""
     loops = [record for record in records if record.get("loops")]
     whole = [record for record in records if record.get("whole")]
     large = [record for record in records if "memory" in record]
-    return {
-        "speed-loops": "\n".join([_LOOPS, *map(_loop_row, loops)]),
-        "speed-whole": "\n".join([_WHOLE, *map(_whole_row, whole)]),
-        "speed-large": "\n".join([_LARGE, *map(_large_row, large)]),
+    tables = {
+        "speed-loops": [_LOOPS, *map(_loop_row, loops)],
+        "speed-whole": [_WHOLE, *map(_whole_row, whole)],
+        "speed-large": [_LARGE, *map(_large_row, large)],
     }
+    return {name: "\n".join(lines) for name, lines in tables.items() if len(lines) > 1}
 
 
 def _loop_row(record: Record) -> str:

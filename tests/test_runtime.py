@@ -8,7 +8,7 @@ import torch
 from debackdoor.errors import DebackdoorError
 from debackdoor.runtime import (
     autocast,
-    deterministic,
+    deterministic_algorithms,
     generator,
     has_fast_bf16,
     resolve_device,
@@ -97,19 +97,22 @@ def test_batches_may_be_elsewhere() -> None:
 @pytest.mark.parametrize("before", [(False, False), (True, True), (True, False)])
 def test_determinism_is_put_back(before: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
     def now() -> tuple[bool, bool]:
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
     try:
-        with deterministic(False):
+        with deterministic_algorithms(False):
             assert now() == before
-        with deterministic():
+        with deterministic_algorithms():
             assert now() == (True, True)
             assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+            assert not torch.backends.cudnn.benchmark
+        assert torch.backends.cudnn.benchmark
         assert now() == before
-        with pytest.raises(KeyError), deterministic():
+        with pytest.raises(KeyError), deterministic_algorithms():
             raise KeyError
         assert now() == before
     finally:

@@ -139,7 +139,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def deterministic(asked: bool = True) -> Iterator[None]:
+def deterministic_algorithms(asked: bool = True) -> Iterator[None]:
     """Inside, every run on a GPU computes the same numbers, and takes longer; on a CPU it does so anyway.
 
     Torch warns of layers for which it knows no such algorithm. It holds for the process as a whole, and belongs around

@@ -50,7 +50,7 @@ def detect(
     device: options.DeviceName = options.Device.AUTO,
     precision: options.PrecisionName = options.Precision.AUTO,
     memory: options.Memory = 6.0,
-    same_numbers: options.Deterministic = False,
+    deterministic: options.Deterministic = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> int:
@@ -70,10 +70,10 @@ def detect(
     from debackdoor.detect import detect_samples
     from debackdoor.models import open_model
     from debackdoor.report import detect_record, header
-    from debackdoor.runtime import deterministic, resolve_device
+    from debackdoor.runtime import deterministic_algorithms, resolve_device
 
     resolve_device(device)
-    with deterministic(same_numbers), output.stages() as stages:
+    with deterministic_algorithms(deterministic), output.stages() as stages:
         stages.begin("load")
         loaded = open_model(checkpoint, arch, num_classes, mean, std)
         images, pile = load_clean(clean, limit, seed), load_pile(suspects)

@@ -44,7 +44,7 @@ def repair(
     device: options.DeviceName = options.Device.AUTO,
     precision: options.PrecisionName = options.Precision.AUTO,
     memory: options.Memory = 6.0,
-    same_numbers: options.Deterministic = False,
+    deterministic: options.Deterministic = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> int:
@@ -70,14 +70,14 @@ def repair(
     from debackdoor.models import open_model, state_dict_of
     from debackdoor.repair import repair as repair_model
     from debackdoor.report import header, repair_record
-    from debackdoor.runtime import deterministic, resolve_device
+    from debackdoor.runtime import deterministic_algorithms, resolve_device
 
     resolve_device(device)
     if html is not None:
         from debackdoor.report.page import check_libraries
 
         check_libraries()
-    with deterministic(same_numbers), output.stages() as stages:
+    with deterministic_algorithms(deterministic), output.stages() as stages:
         stages.begin("load")
         loaded = open_model(checkpoint, arch, num_classes, mean, std)
         images = load_clean(clean, limit, seed)

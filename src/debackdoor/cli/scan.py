@@ -54,7 +54,7 @@ def scan(
     device: options.DeviceName = options.Device.AUTO,
     precision: options.PrecisionName = options.Precision.AUTO,
     memory: options.Memory = 6.0,
-    same_numbers: options.Deterministic = False,
+    deterministic: options.Deterministic = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> int:
@@ -72,7 +72,7 @@ def scan(
     from debackdoor.data import load_clean
     from debackdoor.models import open_model
     from debackdoor.report import header, scan_record
-    from debackdoor.runtime import deterministic, resolve_device
+    from debackdoor.runtime import deterministic_algorithms, resolve_device
     from debackdoor.scan import scan as scan_model
 
     resolve_device(device)
@@ -80,7 +80,7 @@ def scan(
         from debackdoor.report.page import check_libraries
 
         check_libraries()
-    with deterministic(same_numbers), output.stages() as stages:
+    with deterministic_algorithms(deterministic), output.stages() as stages:
         stages.begin("load")
         loaded = open_model(checkpoint, arch, num_classes, mean, std)
         images = load_clean(clean, limit, seed)

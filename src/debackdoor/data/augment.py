@@ -22,8 +22,7 @@ def random_shift(x: Tensor, pixels: int, random: torch.Generator) -> Tensor:
     if pixels == 0:
         return x
     n, _, height, width = x.shape
-    offsets = torch.randint(0, 2 * pixels + 1, (2, n, 1), generator=random)
-    offsets = sent(offsets, x.device)
+    offsets = sent(torch.randint(0, 2 * pixels + 1, (2, n, 1), generator=random), x.device)
     rows = torch.arange(height, device=x.device) + offsets[0]
     columns = torch.arange(width, device=x.device) + offsets[1]
     sample = torch.arange(n, device=x.device)[:, None, None]
