@@ -88,6 +88,9 @@ def run(
             if "scan" not in record:
                 record |= {"scan": _scan(model, clean), "whole": []}
                 _write(target, record)
+            if "test" not in record:
+                record["test"] = _time_test(model, attack)
+                _write(target, record)
             for row in time_repairs(model, attack, clean, pairs - len(record["whole"])):
                 record["whole"].append(row)
                 _write(target, record)
@@ -96,7 +99,7 @@ def run(
 def _finished(case: Case, record: dict[str, Any], pairs: int) -> bool:
     if len(record["loops"]) < pairs:
         return False
-    return not case.whole or ("scan" in record and len(record["whole"]) >= pairs)
+    return not case.whole or ("scan" in record and "test" in record and len(record["whole"]) >= pairs)
 
 
 def _network(case: Case, models: Path, train_on: int, epochs: int) -> tuple[nn.Module, Attack | None]:
@@ -144,13 +147,7 @@ def time_loops(case: Case, model: nn.Module, clean: CleanSet, pairs: int) -> Ite
 
 def time_repairs(model: nn.Module, attack: Attack, clean: CleanSet, pairs: int) -> Iterator[dict[str, Any]]:
     """Whole repairs, ours and the published procedure, turn by turn."""
-    test = db.load_clean("cifar10", limit=None, split="test")
-    order = torch.randperm(len(test), generator=generator(0))
-
-    def measure(model: nn.Module, share: int = JUDGED) -> dict[str, float]:
-        found = asdict(evaluate(model, test.subset(order[: len(test) // share]), attack, precision="fp32"))
-        return {name: value for name, value in found.items() if not name.endswith("images")}
-
+    measure = _test(attack)
     before = measure(model)
     for _ in range(pairs):
         row = {"before": before, "ours": _ours(model, clean, measure)}
@@ -158,6 +155,28 @@ def time_repairs(model: nn.Module, attack: Attack, clean: CleanSet, pairs: int) 
         row |= {"commit": commit(), "threads": torch.get_num_threads()}
         typer.echo(speed_tables.whole_line(row))
         yield row
+
+
+def _test(attack: Attack) -> Callable[..., dict[str, float]]:
+    """Evaluates a model on one test image in so many, clean and triggered."""
+    test = db.load_clean("cifar10", limit=None, split="test")
+    order = torch.randperm(len(test), generator=generator(0))
+
+    def measure(model: nn.Module, share: int = JUDGED) -> dict[str, float]:
+        found = asdict(evaluate(model, test.subset(order[: len(test) // share]), attack, precision="fp32"))
+        return {name: value for name, value in found.items() if not name.endswith("images")}
+
+    return measure
+
+
+def _time_test(model: nn.Module, attack: Attack) -> dict[str, float]:
+    """Seconds of one evaluation of the whole test set, and of one of a part, scaled: the two should be alike."""
+    measure, seconds = _test(attack), {}
+    for share in (SCALE, 1):
+        started = time.perf_counter()
+        measure(model, share)
+        seconds[share] = time.perf_counter() - started
+    return {"seconds": seconds[1], "scaled_seconds": SCALE * seconds[SCALE]}
 
 
 class Stages:

@@ -32,7 +32,7 @@ _LOOPS = _header(
 )  # fmt: skip
 _WHOLE = _header(
     "network", "pairs", "repair, s", "published, s", "ratio", "without tests after passes", "ratio", "peak memory, MiB",
-    "published", "scan, s", "ASR before", "after",
+    "published", "scan, s", "ASR before", "after", "one test, s", "scaled from a part",
 )  # fmt: skip
 _LARGE = _header("network", "parameters", "clean images", "limit, GiB", "peak, MiB", "s")
 
@@ -79,7 +79,10 @@ def _whole_row(record: Record) -> str:
     cells += [str(max(found["peak_memory_mib"] for found in kind)) for kind in (ours, theirs)]
     cells.append(f"{record['scan']['seconds']:.0f}" if "scan" in record else "-")
     rates = before, [found["after"] for found in ours]
-    return _row([*cells, *(f"{_median([rate['attack_success_rate'] for rate in kind]):.1%}" for kind in rates)])
+    cells += [f"{_median([rate['attack_success_rate'] for rate in kind]):.1%}" for kind in rates]
+    test = record.get("test")
+    cells += [f"{test[name]:.1f}" for name in ("seconds", "scaled_seconds")] if test else ["-", "-"]
+    return _row(cells)
 
 
 def _large_row(record: Record) -> str:
