@@ -160,16 +160,16 @@ def workers(
     tasks: Annotated[int, typer.Option(help="how many empty tasks")] = 100,
 ) -> None:
     """Times empty tasks and ``scan-many`` with 1 and 2 workers of both executors."""
-    rows = []
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    record = {"schema": SCHEMA, "tasks": tasks, "scans": copies, "rows": rows, "versions": versions()}
     executors: tuple[Executor, ...] = ("local", "ray")
     for executor, count in product(executors, (1, 2)):
         row: dict[str, Any] = {"executor": executor, "workers": count, **_empty_tasks(executor, count, tasks)}
         row["scan_many_seconds"] = _scan_many(executor, count, model, arch, copies)
         typer.echo(row)
         rows.append(row)
-    record = {"schema": SCHEMA, "tasks": tasks, "scans": copies, "rows": rows, "versions": versions()}
-    out.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(out / "workers.json", json.dumps(record | {"commit": commit()}, indent=1) + "\n")
+        atomic_write_text(out / "workers.json", json.dumps(record | {"commit": commit()}, indent=1) + "\n")
 
 
 def _empty_tasks(executor: Executor, workers: int, tasks: int) -> dict[str, float]:

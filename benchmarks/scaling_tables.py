@@ -53,9 +53,9 @@ def series(records: Sequence[Record]) -> dict[str, list[Record]]:
     return {name: sorted((record for record in records if record["grows"] == name), key=size) for name in names}
 
 
-def size(record: Record) -> float:
-    """What grows, at this point."""
-    return float(record[record["grows"]])
+def size(record: Record, name: str | None = None) -> float:
+    """What grows, at this point; or something else that grows along."""
+    return float(record[name or record["grows"]])
 
 
 def render(records: Sequence[Record], workers: Record | None) -> dict[str, str]:
@@ -65,7 +65,10 @@ def render(records: Sequence[Record], workers: Record | None) -> dict[str, str]:
     points = _header("network", "clean images", "parameters", "channels", "classes", *costs)
     points += [_point(record) for rows in by_name.values() for record in rows]
     laws = _header("grows", "scan: s", "fit", "exponent", "repair: s", "fit", "exponent")
-    laws += [_law(name, rows) for name, rows in by_name.items()]
+    for name, rows in by_name.items():
+        laws.append(_law(name, rows))
+        if name == "parameters":  # channels grow with them
+            laws.append(_law("channels", rows))
     tables = {"scaling-points": "\n".join(points), "scaling-laws": "\n".join(laws)}
     if "parameters" in by_name:
         tables["scaling-many"] = _many(by_name["parameters"])
@@ -98,7 +101,7 @@ def _law(name: str, rows: Sequence[Record]) -> str:
     if len(rows) < FEWEST:
         return _row([name, *["-"] * 3 * len(ACTIONS)])
     for action in ACTIONS:
-        found = law([size(record) for record in rows], [record[action]["seconds"] for record in rows])
+        found = law([size(record, name) for record in rows], [record[action]["seconds"] for record in rows])
         cells += [f"{found.fixed:.1f} + {found.slope:.3g} x", f"{found.fit:.3f}", f"{found.exponent:.2f}"]
     return _row(cells)
 

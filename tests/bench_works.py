@@ -58,6 +58,11 @@ def threads(folder: Path, item: str) -> None:
     (folder / item).write_text(str(torch.get_num_threads()))
 
 
+def devices(folder: Path, item: str) -> None:
+    """Leaves which GPUs it may see."""
+    (folder / item).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+
+
 if __name__ == "__main__":
     # What is started in the background ignores Ctrl-C, and what it starts in turn.
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -23,7 +23,7 @@ from debackdoor.detectors.features import penultimate_features
 from debackdoor.detectors.trigger import MOST_AT_ONCE, SearchSettings, _Joint, search_triggers
 from debackdoor.detectors.universal import aims_at
 from debackdoor.errors import ModelError
-from debackdoor.runtime import at_once
+from debackdoor.runtime import at_once, has_fast_bf16
 from debackdoor.types import CleanSet, RecoveredTrigger
 from rnp_cases import quadrant_set, quadrants, strip_set, strips
 from test_copying import Keeping
@@ -151,6 +151,18 @@ def test_a_network_that_gives_no_gradient_is_refused(change: Callable[[nn.Sequen
     """Searches would find nothing in it, and a scan would call it clean."""
     with pytest.raises(ModelError, match=r"logits that follow the image by gradient, .*; take rounding, integer conv"):
         db.scan(change(quadrants()), quadrant_set(), device="cpu", precision="fp32")
+
+
+def test_a_network_that_knows_float32_alone_is_taken() -> None:
+    class Strict(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = super().forward(x)
+            if out.dtype != torch.float32:
+                raise TypeError("expected float32")
+            return out
+
+    case = open_case(Strict(*quadrants()), quadrant_set(), RNP(), "cpu")
+    assert case.method.precision == ("fp32" if has_fast_bf16(torch.device("cpu")) else "auto")
 
 
 def test_answers_that_labels_account_for_are_no_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:

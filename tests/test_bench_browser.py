@@ -22,9 +22,13 @@ __all__ = ["browser"]
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two defences as in the tests of the tables, and ten more that make the matrix wide."""
+    """Two defences as in the tests of the tables, and ten more that make the matrix wide, half of them fine-tuned."""
     path = tmp_path_factory.mktemp("bench") / "page.html"
-    more = [found | {"defense": f"another-{number}"} for number in range(10) for found in RECORDS[2:4]]
+    blend, clean = RECORDS[2:4]
+    more = []
+    for number in range(10):
+        rates = blend["attack_success_rate"] | ({"fine_tuned": number / 20} if number % 2 else {})
+        more += [found | {"defense": f"another-{number}"} for found in (blend | {"attack_success_rate": rates}, clean)]
     path.write_text(to_html(compare([*RECORDS, *more])))
     return path
 
@@ -55,6 +59,22 @@ def test_a_heading_sorts(browser: Any, page: Path) -> None:
         assert cells == sorted(cells, reverse=reverse)
     assert heads[3].get_attribute("aria-sort") is None
     assert browser.get_log("browser") == []
+
+
+def test_what_was_not_measured_comes_last(browser: Any, page: Path) -> None:
+    show(browser, page)
+    seen = 0
+    for at, head in enumerate(browser.find_elements("css selector", "table:first-of-type thead th")[:14]):
+        if len(set(column(browser, 0, at)) - {"-"}) < 2 or "-" not in column(browser, 0, at):
+            continue
+        for _ in range(2):
+            browser.execute_script("arguments[0].querySelector('button').click()", head)
+            cells = column(browser, 0, at)
+            numbers = [float(cell) for cell in cells if cell != "-"]
+            assert cells[len(numbers) :] == ["-"] * (len(cells) - len(numbers))
+            assert numbers == sorted(numbers, reverse=head.get_attribute("aria-sort") == "descending")
+        seen += 1
+    assert seen
 
 
 @pytest.mark.parametrize("width", [1280, 390])

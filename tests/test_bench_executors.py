@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import bench_works
-from bench_works import is_running, rest, threads, until, work
+from bench_works import devices, is_running, rest, threads, until, work
 from debackdoor.bench.executors import Outcome, execute, run_local, run_ray
 from debackdoor.errors import DebackdoorError, MissingDependencyError
 
@@ -127,6 +127,21 @@ def test_ray_does_the_same(tmp_path: Path) -> None:
     outcomes = {outcome.item: outcome for outcome in run_ray(partial(work, tmp_path), ITEMS, workers=2)}
     check_outcomes(outcomes, tmp_path, "the worker process was lost: WorkerCrashedError")
     assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_task_without_a_gpu_sees_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason="the library ray is not installed")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert [outcome.error for outcome in run_ray(partial(devices, tmp_path), ["a"])] == [None]
+    assert (tmp_path / "a").read_text() == ""
+
+
+@pytest.mark.slow
+def test_what_this_machine_will_never_have() -> None:
+    pytest.importorskip("ray", reason="the library ray is not installed")
+    with pytest.raises(DebackdoorError, match="expected 1 CPUs and 99 GPUs for each task, got 1 and"):
+        next(run_ray(print, [1], workers=1, gpus=99))
 
 
 @pytest.mark.slow

@@ -124,6 +124,30 @@ def test_cells_without_the_rates_after_fine_tuning_are_measured_again(zoo: Path,
     assert told(done)[1] == (True, False)
 
 
+@pytest.mark.usefixtures("here")
+def test_a_failure_where_only_the_fine_tuned_rates_were_wanting(zoo: Path, tmp_path: Path) -> None:
+    """It is told, and the rates that there are stay."""
+
+    def work(settings: Settings, cell: Cell) -> dict[str, Any]:
+        if settings.fine_tune:
+            raise DataError("expected more, got less")
+        return fake(tmp_path, settings, cell) | {"changed": True}
+
+    cells, out = matrix(zoo, seeds=[0]), tmp_path / "out"
+    (before,) = run(cells, out, measure=work)
+    (item,) = run(cells, out, fine_tune=True, measure=work)
+    assert (item.kept, item.record["error"]) == (False, "expected more, got less")
+    assert list(run(cells, out, measure=work)) == [replace(before, kept=True)]
+
+
+def test_a_record_that_no_worker_wrote_here(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of a cluster that does not share the folder is an error of its cell, and stops nothing."""
+    monkeypatch.setattr(bench_run, "execute", lambda _, items, **__: (Outcome(item, None) for item in items))
+    done = list(run(matrix(zoo, seeds=[0, 1]), tmp_path / "out", measure=partial(fake, tmp_path)))
+    assert told(done) == {0: (False, True), 1: (False, True)}
+    assert all("give a folder that all workers share" in item.record["error"] for item in done)
+
+
 def test_an_error_takes_no_record_away(zoo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two benches may work on one folder, and the second run out of memory; or a process is lost after it wrote."""
     cells, done = matrix(zoo, seeds=[0]), tmp_path / "done"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from debackdoor.defenses import FineTuning
+from debackdoor.defenses import FineTuning, mcr
 from debackdoor.defenses.mcr import MCR, on_curve
 from debackdoor.errors import DebackdoorError
 from defense_cases import check_holdout, check_manners, check_removed, check_settings, corner_set, corner_victim
@@ -70,7 +70,27 @@ def test_the_backdoor_goes_further_along_the_curve() -> None:
     assert (len(result.history["fine-tune"]), len(result.history["mcr"])) == (20, 40)
 
 
+@pytest.mark.parametrize(
+    ("rates", "place"), [([0.9, 0.88], 0.5), ([0.9, 0.7, 0.87, 0.9], 0.4), ([0.9] + 10 * [0.8], None)]
+)
+def test_the_place_is_the_largest_within_the_budget(
+    rates: list[float], place: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The suspect model's accuracy comes first, then those from the middle on; where none will do, nothing changes."""
+    left = iter(rates)
+    monkeypatch.setattr(mcr, "accuracy", lambda *_: next(left))
+    result = MCR(t=None, epochs=1, tuning_epochs=1, **QUICK)(corner_victim(), corner_set(40))
+    assert f"taken at t = {place}" in result.steps[1].reason
+    assert result.changed == (place is not None)
+    assert not list(left)
+
+
+def test_the_backdoor_goes_at_the_place_that_is_chosen() -> None:
+    check_removed(MCR(t=None, lr=0.03, tuning_lr=0.05, epochs=40, **QUICK))
+
+
 def test_manners() -> None:
+    check_manners(MCR(t=None, epochs=2, tuning_epochs=1, **QUICK))
     check_manners(MCR(epochs=2, tuning_epochs=1, **QUICK))
     check_holdout(MCR(epochs=2, tuning_epochs=1, **QUICK))
 

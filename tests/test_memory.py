@@ -183,4 +183,13 @@ def test_half_precision_is_not_used_where_it_changes_the_answers() -> None:
     with torch.no_grad():
         fine.weight.copy_(torch.eye(2))
     assert trusted_precision(fine, x, "auto") == "auto"
+
+    class Strict(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            if out.dtype != torch.float32:
+                raise TypeError("expected float32")
+            return out
+
+    assert trusted_precision(Strict(2, 2), x, "auto") == "fp32"
     assert predict(fine, x).shape == (32, 2)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -85,7 +86,11 @@ def test_what_the_clean_task_can_spare_does_not_depend_on_groups_where_costs_add
 
 def test_a_channel_that_is_needed_is_passed_over_and_those_behind_it_are_not() -> None:
     costs = Costs([0, 0.5, 0, 0, 0], [0, 0, 0, 2.0, 0])
-    assert [channel.index for channel in spared(ranking_of(5), costs, 0.1, group=4)] == [0, 2, 4]
+    told: list[tuple[Any, ...]] = []
+    found = spared(ranking_of(5), costs, 0.1, group=4, progress=lambda *call: told.append(call[:3]))
+    assert [channel.index for channel in found] == [0, 2, 4]
+    assert told[-1] == ("prune", 5, 5)
+    assert [done for _, done, _ in told] == sorted({done for _, done, _ in told})
     assert costs.asked[0] == ()
 
 

@@ -61,6 +61,14 @@ def test_no_backend_no_fast_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert has_fast_bf16(CPU) is False
 
 
+@pytest.mark.parametrize(("avx", "amx"), [(False, False), (True, False), (False, True)])
+def test_x86_without_the_arithmetic_emulates_it(avx: bool, amx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert has_fast_bf16(CPU) is (torch.backends.mkldnn.is_available() and (avx or amx))
+
+
 def test_generators_are_their_own() -> None:
     state = torch.get_rng_state()
     one, two = (torch.rand(3, generator=generator(seed)) for seed in (5, 5))

@@ -282,8 +282,12 @@ def test_a_verdict_in_an_error_outlives_the_run(registry: Registry, stand_in: St
 def test_a_worker_that_writes_nothing_is_told_of(
     registry: Registry, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A record of an earlier checkpoint is none of this run."""
+    entries = registry.entries([registry.model("a")])
+    run(registry, entries)
+    registry.model("a", "backdoored")
     monkeypatch.setattr(MODULE, "execute", lambda work, items, **_: iter(Outcome(item, None) for item in items))
-    (result,) = run(registry, registry.entries([registry.model("a")])).values()
+    (result,) = run(registry, entries).values()
     assert "got none; give a folder that all workers share" in str(result.error)
 
 

@@ -147,10 +147,10 @@ def open_case(
     place = resolve_device(device)
     with _learning(AT_FIRST, method.seed, place):
         suspect, clean = _copied(model).to(place).eval(), clean.to(place)
-        check_works(suspect, clean, method.precision)
+        check_works(suspect, clean, "fp32" if method.precision == "auto" else method.precision)
         method = replace(method, precision=trusted_precision(suspect, clean.x[:AT_FIRST], method.precision))
         _check_gradient(suspect, clean.x[:FEW])
-        to_faster_layout(suspect, clean.x[:2])
+        to_faster_layout(suspect, clean.x[:2], method.precision)
         fit, holdout = split_clean(clean, HOLDOUT, method.seed)
         classes = predict(suspect, clean.x[:2], precision=method.precision).shape[1]
         most = images_within(memory, suspect, clean.x, method.precision)

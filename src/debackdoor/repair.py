@@ -86,7 +86,7 @@ def repair_case(case: Case, exposure: Exposure, before: Evidence, budget: float 
 def repair_unchecked(case: Case, exposure: Exposure, found: Evidence, budget: float = BUDGET) -> RepairResult:
     """A repair that nothing checks; its model is laid out in memory as the suspect one is."""
     method = replace(case.method, budget=budget / 2)
-    plan = method.choose(case.suspect, exposure, case.clean) if found.exposed else ()
+    plan = method.choose(case.suspect, exposure, case.clean, progress=case.progress) if found.exposed else ()
     result = method.remove(case.suspect, exposure, plan, case.holdout)
     return _relearned(case, result, exposure, found, budget) if found.exposed else result
 

@@ -44,7 +44,8 @@ def run_ray(
         work, items, retries: see :func:`execute`.
         address: of a cluster, as ``ray.init`` takes it; None starts one on this machine and stops it at the end.
         workers: as many tasks are under way at once; None leaves that to Ray.
-        cpus, gpus: what Ray sets aside for each task, which gets as many threads as processors.
+        cpus, gpus: what Ray sets aside for each task, which gets as many threads as processors, and without a GPU
+            sees none.
     """
     check_positive(cpus=cpus, workers=workers)
     check_retries(retries)
@@ -79,8 +80,9 @@ def _run_ray(
         _start(ray, address, None if workers is None else math.ceil(workers * cpus), retries)
     waiting, running = deque(range(len(items))), dict[Any, int]()
     try:
-        _check_resources(ray, cpus, gpus)
-        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(error_of)
+        _check_resources(ray, cpus, gpus, may_grow=not started or address is not None)
+        work = error_of if gpus else _error_on_processors
+        task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=retries)(work)
         while waiting or running:
             while waiting and len(running) < (workers or _IN_FLIGHT):
                 number = waiting.popleft()
@@ -97,6 +99,12 @@ def _run_ray(
             ray.cancel(reference, force=True)
         if started:
             ray.shutdown()
+
+
+def _error_on_processors(pickled: bytes, threads: int, item: Any) -> str | None:
+    """For tasks without a GPU: Ray lets them see those of their machine, and all of them would take the first."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return error_of(pickled, threads, item)
 
 
 def _start(ray: Any, address: str | None, cpus: int | None, retries: int) -> None:
@@ -134,8 +142,19 @@ def _check_reached(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
 
 
-def _check_resources(ray: Any, cpus: float, gpus: float) -> None:
-    """Ray waits for a machine that is large enough, for ever if need be: says so where there is none yet."""
+def _check_resources(ray: Any, cpus: float, gpus: float, *, may_grow: bool) -> None:
+    """Ray waits for a machine that is large enough, for ever if need be: says so where there is none yet.
+
+    Raises:
+        DebackdoorError: if there never will be one.
+    """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if not any(found.get("CPU", 0) >= cpus and found.get("GPU", 0) >= gpus for found in machines):
-        logging.getLogger(__name__).warning("waiting for a machine in the cluster with %g CPUs and %g GPUs", cpus, gpus)
+    if any(found.get("CPU", 0) >= cpus and found.get("GPU", 0) >= gpus for found in machines):
+        return
+    if not may_grow:
+        most = machines[0]
+        raise DebackdoorError(
+            f"expected {cpus:g} CPUs and {gpus:g} GPUs for each task, got {most.get('CPU', 0):g} and "
+            f"{most.get('GPU', 0):g} on this machine; ask for less, or give the address of a cluster"
+        )
+    logging.getLogger(__name__).warning("waiting for a machine in the cluster with %g CPUs and %g GPUs", cpus, gpus)

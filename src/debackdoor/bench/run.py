@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -96,17 +96,27 @@ def _all(
 ) -> Generator[Finished, None, None]:
     for number, (cell, record) in enumerate(kept.items(), 1):
         yield Finished(cell, record, number, total, kept=True)
-    with closing(outcomes):
+    with contextlib.closing(outcomes):
         for number, outcome in enumerate(outcomes, len(kept) + 1):
-            path = out / outcome.item.file
-            if outcome.error is not None and not _measured(path):
-                _write(path, failed(settings, outcome.item, outcome.error))
-            yield Finished(outcome.item, read_record(path), number, total, kept=False)
+            yield Finished(outcome.item, _record_of(outcome, settings, out), number, total, kept=False)
 
 
-def _measured(path: Path) -> bool:
-    """Whether there is a record of success, by another run, or by a process that was lost after writing it."""
-    return path.exists() and read_record(path)["error"] is None
+def _record_of(outcome: Outcome[Cell], settings: Settings, out: Path) -> Record:
+    """What was measured, or the error; the latter is written unless there is a record of success, which is worth more.
+
+    That may be by another run, by a process that was lost after writing it, or without what was to be added to it.
+    """
+    cell, error = outcome.item, outcome.error
+    path = out / cell.file
+    there = read_record(path) if path.exists() else None
+    if there is not None and (error is None or not _wanting(there, True, settings.fine_tune)):
+        return there
+    missing = f"expected a record in {out}, got none; give a folder that all workers share"
+    record = failed(settings, cell, error or missing)
+    if there is None or there["error"] is not None:
+        with contextlib.suppress(OSError):  # it is told all the same, and the next run measures the cell again
+            _write(path, record)
+    return record
 
 
 def _work(measure: Measure, settings: Settings, out: Path, cell: Cell) -> None:

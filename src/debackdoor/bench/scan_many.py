@@ -58,13 +58,16 @@ def scan_many(
     store = Store(Path(folder).absolute(), settings)
     store.make()
     todo: list[Entry] = []
-    with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+    pool = ThreadPoolExecutor(_HASHED_AT_ONCE)
+    try:
         found = pool.map(partial(store.find, errors=not retry_failed), entries)
         for entry, result in zip(entries, found, strict=True):
             if result is None:
                 todo.append(entry)
             else:
                 yield replace(result, kept=True)
+    finally:  # where the reader stops, no further checkpoint is read
+        pool.shutdown(cancel_futures=True)
     if not todo:
         return
     outcomes = execute(
@@ -134,7 +137,7 @@ def _result_of(outcome: Outcome[Entry], store: Store) -> Result:
     """What a worker wrote; or its error, where it could not."""
     entry, error = outcome.item, outcome.error
     # A process that was lost may have written the record of its scan before.
-    result = store.latest(entry) if error is None else store.find(entry, errors=False)
+    result = store.find(entry, errors=error is None)
     if result is not None:
         return result
     error = error or f"expected a record in {store.folder}, got none; give a folder that all workers share"

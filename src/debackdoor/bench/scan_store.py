@@ -156,14 +156,6 @@ class Store:
             "options": self.settings.options(entry),
         }
 
-    def latest(self, entry: Entry) -> Result | None:
-        """The result that was written in this run; that of a scan, where another run met an error."""
-        for kind in (RECORDS, ERRORS):
-            record = _read(self._file(kind, entry))
-            if record is not None and record.get("options") == self.settings.options(entry):
-                return result_of(entry, record)
-        return None
-
     def find(self, entry: Entry, errors: bool = True) -> Result | None:
         """The result of a model that fits its checkpoint's SHA-256 and its options, if there is one.
 

@@ -14,7 +14,7 @@ from debackdoor.cli.status import OK
 from debackdoor.files import atomic_write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
 
     from debackdoor.bench.run import Finished
 
@@ -69,7 +69,10 @@ def run(
         ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads of each; for Ray its processors.")] = 1,
-    gpus: Annotated[float, typer.Option(min=0, help="GPUs that Ray sets aside for each.")] = 0,
+    gpus: Annotated[
+        float | None,
+        typer.Option(min=0, help="GPUs that Ray sets aside for each; by default one with --device cuda, else none."),
+    ] = None,
     address: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Address of a Ray cluster; by default one is started on this machine."),
@@ -85,7 +88,8 @@ def run(
 
     Exits with 0 if every cell was measured, and with 1 if some failed.
     """
-    if executor is options.Executor.LOCAL and (address is not None or gpus):
+    on_ray = executor is options.Executor.RAY
+    if not on_ray and (address is not None or gpus):
         option = "--gpus" if address is None else "--address"
         raise typer.BadParameter(f"expected {option} with --executor ray, got it without", param_hint=option)
     output = Output(quiet)
@@ -102,28 +106,19 @@ def run(
         seeds=seeds or None,
         clean_images=clean_images or None,
     )
-    finished: list[Finished] = []
-    total = len(chosen.cells())
-    with output.stages() as stages:
-        stages.begin("bench")
-        cells = run_bench(
-            chosen,
-            out,
-            retry_failed=retry_failed,
-            device=device.value,
-            fine_tune=fine_tune,
-            executor=executor.value,
-            workers=workers if address is not None else workers or 1,
-            threads=threads,
-            address=address,
-            gpus=gpus,
-        )
-        with contextlib.closing(cells), _said_when_interrupted(output, finished, total):
-            for item in cells:
-                finished.append(item)
-                if not item.kept:
-                    output.say(_line(item))
-                stages("bench", item.number, item.total, {"failed": len(failures(finished))})
+    cells = run_bench(
+        chosen,
+        out,
+        retry_failed=retry_failed,
+        device=device.value,
+        fine_tune=fine_tune,
+        executor=executor.value,
+        workers=workers if address is not None else workers or 1,
+        threads=threads,
+        address=address,
+        gpus=1 if gpus is None and on_ray and device is options.Device.CUDA else gpus or 0,
+    )
+    finished = _gathered(output, cells, len(chosen.cells()))
     failed = failures(finished)
     output.say(_summary(finished, failed))
     for item in failed:
@@ -174,6 +169,21 @@ def table(
         from debackdoor.bench.page import to_html
 
         atomic_write_text(html, to_html(comparison))
+
+
+def _gathered(output: Output, cells: Generator[Finished, None, None], total: int) -> list[Finished]:
+    """All cells, each said as it comes."""
+    finished: list[Finished] = []
+    failed = 0
+    with output.stages() as stages, contextlib.closing(cells), _said_when_interrupted(output, finished, total):
+        stages.begin("bench")
+        for item in cells:
+            finished.append(item)
+            failed += item.record["error"] is not None
+            if not item.kept:
+                output.say(_line(item))
+            stages("bench", item.number, item.total, {"failed": failed})
+    return finished
 
 
 @contextlib.contextmanager

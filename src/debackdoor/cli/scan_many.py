@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -81,21 +82,27 @@ def scan_many(
     resources = _resources(len(entries), executor, workers, address, device)
     results: dict[str, Result] = {}
     with _findings_stand(results, fail_on, debug):
-        with output.stages() as stages:
-            stages("scan", 0, len(entries), {})
-            scans = scan_all(entries, out, settings, retry_failed=retry_failed, executor=executor.value, **resources)
-            with closing(scans):
-                for result in scans:
-                    results[result.name] = result
-                    _say_result(output, result)
-                    # Apart, since what is there already says nothing of the time that the rest takes.
-                    stages("check" if result.kept else "scan", len(results), len(entries), _numbers(results))
+        scans = scan_all(entries, out, settings, retry_failed=retry_failed, executor=executor.value, **resources)
+        _gather(output, scans, results, len(entries))
         in_order = [results[entry.name] for entry in entries]
         _describe(output, in_order, _status(results, fail_on))
         write_overview(out, in_order, command=shlex.join(context.obj))
         output.say(f"wrote {out / 'index.html'} and {out / 'scan.parquet'}")
         output.write_json(overview_record(in_order, asdict(settings)))
     return _status(results, fail_on)
+
+
+def _gather(output: Output, scans: Generator[Result], results: dict[str, Result], total: int) -> None:
+    """Says what becomes of each model, and keeps it in ``results``."""
+    numbers: Counter[str] = Counter()
+    with output.stages() as stages, closing(scans):
+        stages("scan", 0, total, {})
+        for result in scans:
+            results[result.name] = result
+            numbers[result.kind] += 1
+            _say_result(output, result)
+            # Apart, since what is there already says nothing of the time that the rest takes.
+            stages("check" if result.kept else "scan", len(results), total, dict(numbers))
 
 
 def _status(results: Mapping[str, Result], fail_on: FailOn) -> int:
@@ -144,12 +151,6 @@ def _resources(
         threads = max(1, torch.get_num_threads() // workers)
     gpus = int(executor is options.Executor.RAY and device is options.Device.CUDA)
     return {"workers": workers, "threads": threads, "address": address, "gpus": gpus}
-
-
-def _numbers(results: Mapping[str, Result]) -> dict[str, float]:
-    from debackdoor.bench.overview import counts
-
-    return {kind: number for kind, number in counts(list(results.values())).items() if number}
 
 
 def _say_result(output: Output, result: Result) -> None:

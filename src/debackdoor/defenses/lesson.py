@@ -95,7 +95,8 @@ class Batch:
     def _part(self, chosen: slice) -> Batch:
         count, searched = len(self.y), len(self.trigger)
         kinds = [count, count, searched, len(self.triggered_y) - searched]
-        rows = torch.cat([rows[chosen] for rows in torch.arange(len(self.seen)).split(kinds)])
+        each = torch.arange(len(self.seen), device=self.seen.device).split(kinds)
+        rows = torch.cat([kind[chosen] for kind in each])
         triggered = torch.cat([self.triggered_y[:searched][chosen], self.triggered_y[searched:][chosen]])
         return Batch(self.seen[rows], self.taught[rows], self.y[chosen], triggered, self.trigger[chosen])
 

@@ -10,7 +10,7 @@ other end (Wu et al., "BackdoorBench", NeurIPS 2022).
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -19,16 +19,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from debackdoor.data import split_clean
 from debackdoor.defenses.finetune import FineTuning
-from debackdoor.defenses.tuning import Tuned, Tuning
+from debackdoor.defenses.levels import BUDGET, HOLDOUT
+from debackdoor.defenses.tuning import Rows, Tuned, Tuning
 from debackdoor.errors import check_fraction, check_positive
-from debackdoor.models.forward import logits_of
+from debackdoor.models.copying import copied
+from debackdoor.models.forward import accuracy, logits_of, predict
 from debackdoor.models.stateless import call_with
 from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.runtime import autocast, generator, shuffled_batches
 from debackdoor.types import CleanSet, Progress, Step
 
 Weights = Mapping[str, Tensor]
+
+PLACES = tuple(place / 20 for place in range(1, 11))
+"""On the way to the middle of the curve, which is the furthest from both of its ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +47,9 @@ class MCR(Tuning):
     the weights: with ends so close, a backdoor that fine-tuning leaves in place can survive there.
 
     Attributes:
-        t: which: 0 is the suspect model, 1 the fine-tuned copy (published: 0.1).
+        t: which: 0 is the suspect model, 1 the fine-tuned copy (published: 0.1); None takes the largest of its places
+            up to the middle within the budget, on half of the images, which do not teach then.
+        budget: how far accuracy on these may fall, a fraction.
         lr: step size with which the curve's middle point is trained.
         epochs: how long.
         tuning_lr: first step size with which the other end is fine-tuned.
@@ -50,7 +58,8 @@ class MCR(Tuning):
 
     name: ClassVar[str] = "mcr"
 
-    t: float = 0.1
+    t: float | None = 0.1
+    budget: float = BUDGET
     lr: float = 0.03
     epochs: int = 100
     tuning_lr: float = 0.01
@@ -58,10 +67,12 @@ class MCR(Tuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_fraction(t=self.t)
+        check_fraction(t=self.t, budget=self.budget)
         check_positive(tuning_lr=self.tuning_lr, tuning_epochs=self.tuning_epochs)
 
     def _tune(self, model: nn.Module, fit: CleanSet, progress: Progress | None) -> Tuned:
+        fit, judges = (fit, None) if self.t is not None else split_clean(fit, HOLDOUT, self.seed)
+        suspect = copied(model)
         tuning = FineTuning(
             lr=self.tuning_lr, epochs=self.tuning_epochs, batch_size=self.batch_size, shift=self.shift,
             seed=self.seed, precision=self.precision,
@@ -70,6 +81,26 @@ class MCR(Tuning):
         start, end = (
             {name: value.detach().clone() for name, value in m.named_parameters()} for m in (model, tuned.model)
         )
+        middle, history = self._connect(model, start, end, fit, progress)
+
+        def at(t: float) -> nn.Module:
+            with torch.no_grad():
+                for name, value in on_curve(start, middle, end, t).items():
+                    model.get_parameter(name).copy_(value)
+            self._measure_statistics(model, fit)
+            return model.eval()
+
+        t = self.t if judges is None else self._furthest(suspect, at, judges)
+        steps = (
+            Step("fine-tune", f"the other end, {self.tuning_epochs} epochs", tuned.steps[0].numbers),
+            Step("connect", f"{self.epochs} epochs, taken at t = {t}", history[-1]),
+        )
+        return Tuned(suspect if t is None else at(t), {**tuned.history, self.name: history}, steps)
+
+    def _connect(
+        self, model: nn.Module, start: Weights, end: Weights, fit: CleanSet, progress: Progress | None
+    ) -> tuple[Weights, Rows]:
+        """The curve's middle point, trained at places of the curve by chance."""
         middle = {name: ((value + end[name]) / 2).requires_grad_() for name, value in start.items()}
         buffers = {name: value.clone() for name, value in model.named_buffers()}
         places = generator(self.seed)
@@ -84,16 +115,17 @@ class MCR(Tuning):
             loss.backward()
             return loss.detach()
 
-        history = self._descend(self.name, middle.values(), fit, backward, progress)
-        with torch.no_grad():
-            for name, value in on_curve(start, middle, end, self.t).items():
-                model.get_parameter(name).copy_(value)
-        self._measure_statistics(model, fit)
-        steps = (
-            Step("fine-tune", f"the other end, {self.tuning_epochs} epochs", tuned.steps[0].numbers),
-            Step("connect", f"{self.epochs} epochs, taken at t = {self.t}", history[-1]),
-        )
-        return Tuned(model, {**tuned.history, self.name: history}, steps)
+        return middle, self._descend(self.name, middle.values(), fit, backward, progress)
+
+    def _furthest(self, suspect: nn.Module, at: Callable[[float], nn.Module], judges: CleanSet) -> float | None:
+        """The largest place within the budget; None where even the smallest costs more."""
+
+        def right(model: nn.Module) -> float:
+            return accuracy(predict(model, judges.x, precision=self.precision), judges.y)
+
+        before = right(suspect)
+        # A fall of exactly the budget is within it, whatever the last bit of the difference says.
+        return next((t for t in reversed(PLACES) if before - right(at(t)) <= self.budget + 1e-9), None)
 
     @torch.no_grad()
     def _measure_statistics(self, model: nn.Module, fit: CleanSet) -> None:

@@ -93,7 +93,7 @@ class RNP(Defense):
         # With a fixed threshold nothing is left to be chosen, so nothing is held out.
         fit, holdout = (clean, clean) if self.threshold is not None else split_clean(clean, seed=self.seed)
         exposure = self.expose(model, fit, progress=progress)
-        plan = self.choose(model, exposure, clean)
+        plan = self.choose(model, exposure, clean, progress=progress)
         return self.remove(model, exposure, plan, holdout)
 
     def expose(self, model: nn.Module, fit: CleanSet, *, progress: Progress | None = None) -> Exposure:
@@ -105,7 +105,9 @@ class RNP(Defense):
         )
         return Exposure(unlearned, recovered, layers, rank(layers, recovered.mask, ties=recovered.mean_mask))
 
-    def choose(self, model: nn.Module, exposure: Exposure, judges: CleanSet) -> Plan:
+    def choose(
+        self, model: nn.Module, exposure: Exposure, judges: CleanSet, *, progress: Progress | None = None
+    ) -> Plan:
         """The channels to prune, from the ranking and what each costs on the clean images ``judges``.
 
         All clean images may judge: the masks were learned on the exposed model, and the suspect one was taught nothing.
@@ -113,7 +115,9 @@ class RNP(Defense):
         if self.threshold is not None:
             return below(exposure.ranking, self.threshold)
         candidates = below(exposure.ranking, self.suspicious)
-        return spared(candidates, lambda plan: self._cost(model, exposure, plan, judges), self.budget)
+        return spared(
+            candidates, lambda plan: self._cost(model, exposure, plan, judges), self.budget, progress=progress
+        )
 
     def remove(self, model: nn.Module, exposure: Exposure, plan: Plan, holdout: CleanSet) -> RepairResult:
         """Stage 3: the pruned copy, and what it costs on the hold-out part."""

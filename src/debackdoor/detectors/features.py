@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile
 from debackdoor.errors import check_positive
 from debackdoor.models.forward import eval_mode, predict
-from debackdoor.runtime import at_most
+from debackdoor.runtime import answered_at_once
 from debackdoor.types import CleanSet, Progress
 
 
-def penultimate_features(model: nn.Module, x: Tensor, *, batch_size: int = 500, precision: str = "auto") -> Tensor:
+def penultimate_features(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tensor:
     """Float32 features (N, D) of images (N, C, H, W) in [0, 1]: the flattened input of the layer that gives the logits.
 
     That is the last linear layer or 1x1 convolution called that has an output a class; without one, the last linear
@@ -31,9 +31,9 @@ def penultimate_features(model: nn.Module, x: Tensor, *, batch_size: int = 500, 
     parts = []
     try:
         # What predict would take apart, the tap would see the last part of.
-        for batch in x.split(at_most(batch_size)):
+        for batch in x.split(answered_at_once(x.device)):
             tap.clear()
-            logits = predict(model, batch, batch_size=batch_size, precision=precision)
+            logits = predict(model, batch, precision=precision)
             parts.append(tap.head_input(logits).detach().float().flatten(1))
     finally:
         for handle in handles:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debackdoor.models.forward import predict
-from debackdoor.runtime import at_most, generator
+from debackdoor.runtime import answered_at_once, generator
 from debackdoor.types import CleanSet, Progress
 
 SIDES = (0.25, 0.35)
@@ -29,9 +29,6 @@ OVERLAP = 1 / 3
 
 TRIED_ON = 32
 """Images that the squares are tried on; others judge the best."""
-
-TOGETHER = 8
-"""Squares that are tried in one forward pass, at most: a pass of one square's few images leaves the machine waiting."""
 
 ODD_SIDE, ODD_PLACE = 0.3, 0.3
 """How far side and place of a jittered square are from those that were found, as shares of its side."""
@@ -150,8 +147,11 @@ def _places(length: int, side: int) -> list[int]:
 
 
 def _answers(model: nn.Module, squares: Sequence[Square], x: Tensor, precision: str) -> Iterator[Tensor]:
-    """The model's labels for the images under the squares, (S, N), for those that share a forward pass."""
-    together = max(1, at_most(TOGETHER * len(x)) // len(x))
+    """The model's labels for the images under the squares, (S, N), for those that share a forward pass.
+
+    A pass of one square's few images would leave the machine waiting.
+    """
+    together = max(1, answered_at_once(x.device) // len(x))
     for first in range(0, len(squares), together):
         batch = torch.cat([square.apply(x) for square in squares[first : first + together]])
         yield predict(model, batch, precision=precision).argmax(1).view(-1, len(x))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from debackdoor.errors import ModelError
-from debackdoor.runtime import at_most, autocast, has_fast_bf16
+from debackdoor.runtime import answered_at_once, at_most, autocast, has_fast_bf16
 
 AGREEMENT = 0.9
 """The least share of answers that has to be the same in half precision."""
@@ -41,14 +41,17 @@ def logits_of(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def predict(model: Callable[[Tensor], Any], x: Tensor, *, batch_size: int = 500, precision: str = "auto") -> Tensor:
+def predict(
+    model: Callable[[Tensor], Any], x: Tensor, *, batch_size: int | None = None, precision: str = "auto"
+) -> Tensor:
     """Float32 logits (N, K) on images (N, C, H, W) in [0, 1].
 
     ``model`` is used in the mode it is in, and may be any function that calls one.
     """
+    size = answered_at_once(x.device) if batch_size is None else at_most(batch_size)
     with autocast(x.device, precision):
         # A network that normalises its input in place would change the caller's images.
-        return torch.cat([logits_of(model(batch.clone())).float() for batch in x.split(at_most(batch_size))])
+        return torch.cat([logits_of(model(batch.clone())).float() for batch in x.split(size)])
 
 
 @contextmanager
@@ -88,12 +91,16 @@ def label_shares(logits: Tensor) -> list[float]:
 
 
 def trusted_precision(model: nn.Module, x: Tensor, precision: str) -> str:
-    """The precision to compute in: fp32 for ``auto`` where the model's answers in bf16 are not finite, or others.
+    """The precision to compute in: fp32 for ``auto`` where the model has no answers in bf16, or too many others.
 
-    ``x`` is a batch (N, C, H, W) to try it on.
+    ``x`` is a batch (N, C, H, W) to try it on, which the model takes in fp32.
     """
     if precision != "auto" or not has_fast_bf16(x.device):
         return precision
-    full, half = (predict(model, x, precision=name) for name in ("fp32", "bf16"))
+    full = predict(model, x, precision="fp32")
+    try:
+        half = predict(model, x, precision="bf16")
+    except Exception:  # a model is anyone's code, and may know one type alone
+        return "fp32"
     same = float((full.argmax(1) == half.argmax(1)).float().mean())
     return "auto" if same >= AGREEMENT and bool(torch.isfinite(half).all()) else "fp32"

@@ -30,15 +30,15 @@ def _is_narrow(module: nn.Module) -> bool:
     )
 
 
-def to_faster_layout(model: nn.Module, x: Tensor) -> None:
+def to_faster_layout(model: nn.Module, x: Tensor, precision: str = "auto") -> None:
     """Brings the model's weights into the layout that is the fastest of the safe ones.
 
     A network that cannot take it (one that calls ``.view`` on feature maps) gets the contiguous one. ``x`` is a small
-    batch (N, C, H, W) to try it on.
+    batch (N, C, H, W) to try it on, in the precision that it will be used in.
     """
     set_layout(model, memory_format(model, x.device))
     try:
-        predict(model, x)
+        predict(model, x, precision=precision)
     except RuntimeError:
         set_layout(model, torch.contiguous_format)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from debackdoor.channels import MaskableLayer, count_channels, flat_index, locate, mask_parameters
 from debackdoor.models.copying import copied
-from debackdoor.types import Plan, PlannedChannel
+from debackdoor.types import Plan, PlannedChannel, Progress
 
 
 def rank(layers: Sequence[MaskableLayer], scores: Tensor, ties: Tensor) -> Plan:
@@ -49,7 +49,14 @@ class Cost:
     loss: float
 
 
-def spared(ranking: Plan, measure: Callable[[Plan], Cost], budget: float, *, group: int = 8) -> Plan:
+def spared(
+    ranking: Plan,
+    measure: Callable[[Plan], Cost],
+    budget: float,
+    *,
+    group: int = 8,
+    progress: Progress | None = None,
+) -> Plan:
     """The channels along the ranking that the clean task can spare, in the ranking's order.
 
     Groups of channels are tried in turn. One is taken if hold-out accuracy stays within the budget and the loss rises
@@ -62,8 +69,10 @@ def spared(ranking: Plan, measure: Callable[[Plan], Cost], budget: float, *, gro
         measure: what pruning a plan costs; called with the empty plan first, and once for the same channels.
         budget: how far accuracy may fall, a fraction.
         group: channels in a group.
+        progress: called whenever it is decided about a group or a channel.
     """
     plan: Plan = ()
+    decided = 0
     # The last part of a refused group, after the others were taken, is the group once more.
     known: dict[frozenset[PlannedChannel], Cost] = {}
 
@@ -84,6 +93,10 @@ def spared(ranking: Plan, measure: Callable[[Plan], Cost], budget: float, *, gro
         elif len(candidates) > 1:
             half = len(candidates) // 2
             waiting += [candidates[half:], candidates[:half]]
+            continue
+        decided += len(candidates)
+        if progress is not None:
+            progress("prune", decided, len(ranking), {"channels": float(len(plan)), "accuracy": now.accuracy})
     return plan
 
 

@@ -154,7 +154,8 @@ class _Climb:
         self.steps, self.lr = 0, settings.lr
         self.loss = torch.zeros((), device=fit.x.device)  # of the last step; only a check reads it
         self.history: list[dict[str, Any]] = []
-        self.start = self.now = self._measure()
+        self.now = self._measure()
+        self.known = self.now.accuracy
         self.peak: _State | None = None
         self._restart()
 
@@ -219,7 +220,7 @@ class _Climb:
             self._restart()
             return
         self.now = new
-        if new.accuracy <= STILL_KNOWN * self.start.accuracy and (not self.peak or new.largest > self.peak.largest):
+        if new.accuracy <= STILL_KNOWN * self.known and (not self.peak or new.largest > self.peak.largest):
             self.peak = new
 
     def reason_to_stop(self, limit: int) -> str | None:
@@ -227,7 +228,7 @@ class _Climb:
         stop = 1 / len(self.now.shares) + 0.1 if s.stop_accuracy is None else s.stop_accuracy
         if self.now.accuracy <= stop:
             return "forgotten"
-        half_gone = self.now.accuracy <= self.start.accuracy / 2
+        half_gone = self.now.accuracy <= self.known / 2
         if s.past_peak is not None and half_gone and self.peak and self.now.largest < self.peak.largest - s.past_peak:
             return "piled up"
         if self.lr < s.lr / 1024 and not s.decay_at:
