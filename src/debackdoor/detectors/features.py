@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile
 from debackdoor.errors import check_positive
 from debackdoor.models.forward import eval_mode, predict
-from debackdoor.runtime import answered_at_once
+from debackdoor.runtime import answered_at_once, at_most
 from debackdoor.types import CleanSet, Progress
 
 
-def penultimate_features(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tensor:
+def penultimate_features(
+    model: nn.Module, x: Tensor, *, batch_size: int | None = None, precision: str = "auto"
+) -> Tensor:
     """Float32 features (N, D) of images (N, C, H, W) in [0, 1]: the flattened input of the layer that gives the logits.
 
     That is the last linear layer or 1x1 convolution called that has an output a class; without one, the last linear
@@ -31,9 +33,9 @@ def penultimate_features(model: nn.Module, x: Tensor, *, precision: str = "auto"
     parts = []
     try:
         # What predict would take apart, the tap would see the last part of.
-        for batch in x.split(answered_at_once(x.device)):
+        for batch in x.split(answered_at_once(x.device) if batch_size is None else at_most(batch_size)):
             tap.clear()
-            logits = predict(model, batch, precision=precision)
+            logits = predict(model, batch, batch_size=batch_size, precision=precision)
             parts.append(tap.head_input(logits).detach().float().flatten(1))
     finally:
         for handle in handles:
