@@ -1,6 +1,7 @@
 """Times repairs beside the published procedure, in one process, turn by turn; writes one record a network.
 
     python benchmarks/speed.py run --models victims --out benchmarks/results/speed
+    python benchmarks/speed.py together resnet18-w16 --models victims --out benchmarks/results/speed
     python benchmarks/speed.py repair-large --out benchmarks/results/speed
     python benchmarks/speed.py table benchmarks/results/speed --into docs/performance.md
     python benchmarks/speed.py draw benchmarks/results/speed --out docs/figures
@@ -38,6 +39,7 @@ from debackdoor.bench.memory import PeakMemory
 from debackdoor.data import load_dataset
 from debackdoor.evaluation import evaluate
 from debackdoor.files import atomic_write_text
+from debackdoor.models import load_model
 from debackdoor.runtime import generator, versions
 from debackdoor.types import CleanSet
 
@@ -239,6 +241,29 @@ def _published(model: nn.Module, clean: CleanSet, measure: Callable[[nn.Module],
         **memory.record(),
         "error": record["error"],
     }
+
+
+@app.command()
+def together(
+    out: Out,
+    names: Annotated[list[str], typer.Argument(help="networks that have a record")],
+    models: Annotated[Path, typer.Option(help="folder of the trained networks")] = Path("victims"),
+    times: Annotated[int, typer.Option(help="how often")] = 3,
+) -> None:
+    """Adds to a network's record the seconds of a scan and a repair that begin with one look at it."""
+    for case in (CASES[name] for name in names):
+        target = out / f"{case.name}.json"
+        record = json.loads(target.read_text())
+        model = load_model(models / f"{case.name}-blend.safetensors", str(case.arch))
+        clean = images_of(case, record["clean_images"])
+        record["together"] = []
+        for _ in range(times):
+            started = time.perf_counter()
+            _, result = db.scan_and_repair(model, clean)
+            seconds = time.perf_counter() - started
+            typer.echo(f"{case.name}: {seconds:.0f} s, changed: {result.changed}")
+            record["together"].append({"seconds": seconds, "changed": result.changed, "commit": commit()})
+        _write(target, record)
 
 
 @app.command()

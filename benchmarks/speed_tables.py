@@ -32,7 +32,7 @@ _LOOPS = _header(
 )  # fmt: skip
 _WHOLE = _header(
     "network", "pairs", "repair, s", "published, s", "ratio", "without tests after passes", "ratio", "peak memory, MiB",
-    "published", "scan, s", "ASR before", "after", "one test, s", "scaled from a part",
+    "published", "scan, s", "both, s", "ASR before", "after", "one test, s", "scaled from a part",
 )  # fmt: skip
 _LARGE = _header("network", "parameters", "clean images", "limit, GiB", "peak, MiB", "s")
 
@@ -78,6 +78,8 @@ def _whole_row(record: Record) -> str:
         cells += [f"{_median([found[name] for _, found in whole]):.0f}", f"{_median(ratios):.1f}"]
     cells += [str(max(found["peak_memory_mib"] for found in kind)) for kind in (ours, theirs)]
     cells.append(f"{record['scan']['seconds']:.0f}" if "scan" in record else "-")
+    both = [found["seconds"] for found in record.get("together", [])]
+    cells.append(f"{_median(both):.0f}" if both else "-")
     rates = before, [found["after"] for found in ours]
     cells += [f"{_median([rate['attack_success_rate'] for rate in kind]):.1%}" for kind in rates]
     test = record.get("test")
