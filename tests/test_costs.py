@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import debackdoor as db
 from debackdoor.types import CleanSet
+from rnp_cases import strip_set, strips
 from shortcut_cases import CLASSES, row_images, switched_to
 
 IMAGES = Counter[str]()
@@ -74,6 +76,9 @@ def test_a_scan(network: nn.Module) -> None:
     assert costs["search perturbations"]["backward"] == 60 * 4 * aims
     assert costs["search margins"]["backward"] == 60 * 4 * CLASSES
     assert costs["recover"]["backward"] == 20 * 48
+    # All aims share a pass, and so do the labels of margins; squares share one by the hundred images.
+    assert [costs[name]["passes"] for name in ("recover", "search margins", "search perturbations")] == [20, 61, 60]
+    assert costs["search squares"]["passes"] <= 45
     # 3 colours, 25 places of the one size that 7 pixels allow for; and what came before the first report.
     judged = 16 * (1 + aims)
     assert costs["search squares"]["forward"] <= 3 * 25 * 32 + judged
@@ -92,8 +97,26 @@ def test_a_repair(network: nn.Module) -> None:
     head_start = 60 * 8 * 9  # three of each kind
     assert costs["search perturbations"]["backward"] == 60 * 4 * (before + after) + head_start
     assert costs["search margins"]["backward"] == 2 * 60 * 4 * CLASSES
+    assert costs["prune"]["passes"] <= 12
+    # Each step: 48 clean images, as many mixed ones, 16 with a trigger and 16 with a square, which the student sees and
+    # the pruned network answers, and those with a trigger once more against the student.
+    assert costs["relearn"] == {
+        "passes": 120 * 3,
+        "forward": 120 * (2 * 128 + 16),
+        "backward": 120 * (128 + 16),
+    }
     assert IMAGES["backward"] <= 50_000
     assert IMAGES["forward"] <= 62_000
+
+
+def test_parts_that_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five classes, and with as few norms as the toy has: up to twelve copies more forget a part of the images."""
+    monkeypatch.setattr(importlib.import_module("debackdoor.case"), "FEWEST_NORMS", 1)
+    IMAGES.clear()
+    stages = Stages()
+    db.scan(Counting(strips()).eval(), strip_set(), device="cpu", precision="fp32", progress=stages)
+    assert stages.costs["unlearn"]["backward"] <= 25_000
+    assert stages.costs["unlearn"]["passes"] <= 800
 
 
 def test_a_clean_model_costs_no_more_than_the_looking(network: nn.Module) -> None:

@@ -78,6 +78,16 @@ def test_times_follow_from_their_records(monkeypatch: pytest.MonkeyPatch) -> Non
         assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in page
 
 
+def test_costs_follow_from_their_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    page, folder = (ROOT / "docs" / "scaling.md").read_text(), RECORDS.parent / "scaling"
+    points = [json.loads(path.read_text()) for path in sorted(folder.glob("*-*.json"))]
+    assert {point["grows"] for point in points} == {"images", "parameters", "classes"}
+    workers = json.loads((folder / "workers.json").read_text())
+    for name, text in importlib.import_module("scaling_tables").render(points, workers).items():
+        assert f"<!-- {name} -->\n{text}\n<!-- /{name} -->" in page
+
+
 def test_the_matrix_follows_from_its_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     shown = [ROOT / "docs" / "results.md", ROOT / "README.md", ROOT / "docs" / "matrix.html"]
