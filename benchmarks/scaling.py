@@ -67,7 +67,7 @@ class Point:
 
 
 POINTS = [
-    *(Point("images", images=count) for count in (100, 250, 500, 1000, 2000)),
+    *(Point("images", images=count) for count in (100, 500, 1000, 2000)),
     *(Point("parameters", width=width) for width in (8, 16, 32, 64)),
     *(Point("classes", classes=count, images=430) for count in (5, 10, 20, 43)),
 ]
