@@ -67,16 +67,17 @@ def run(
     epochs: Annotated[int, typer.Option(help="passes over them")] = 10,
     pairs: Annotated[int, typer.Option(help="times that each is timed")] = 3,
     images: Annotated[int, typer.Option(help="clean images")] = 500,
+    whole: Annotated[bool, typer.Option(help="also whole repairs of the networks that are trained for it")] = True,
 ) -> None:
     """One record a network, written after every pair; finished ones are skipped, others go on."""
     out.mkdir(parents=True, exist_ok=True)
     for case in (CASES[name] for name in names or CASES):
         target = out / f"{case.name}.json"
         record = json.loads(target.read_text()) if target.exists() else {}
-        if record and _finished(case, record, pairs):
+        if record and _finished(case, record, pairs, whole):
             continue
         typer.echo(case.name)
-        model, attack = _network(case, models, train_on, epochs)
+        model, attack = _network(case, models, train_on, epochs) if whole else (random_network(case), None)
         clean = images_of(case, images if case.whole else 2 * case.batch)
         record = record or head(case, model, clean) | {"loops": []}
         if record["clean_images"] != len(clean):
@@ -98,10 +99,10 @@ def run(
                 _write(target, record)
 
 
-def _finished(case: Case, record: dict[str, Any], pairs: int) -> bool:
+def _finished(case: Case, record: dict[str, Any], pairs: int, whole: bool) -> bool:
     if len(record["loops"]) < pairs:
         return False
-    return not case.whole or ("scan" in record and "test" in record and len(record["whole"]) >= pairs)
+    return not (whole and case.whole) or ("scan" in record and "test" in record and len(record["whole"]) >= pairs)
 
 
 def _network(case: Case, models: Path, train_on: int, epochs: int) -> tuple[nn.Module, Attack | None]:
