@@ -4,8 +4,9 @@
     python benchmarks/matrix.py benchmarks/results/repair benchmarks/results/bench --into docs/results.md \\
         --summary-into README.md --html docs/matrix.html
 
-A defence with fewer than ``--least`` cells is left out, and named. The first table is of what worked on every model,
-the second of all defences on the models that all of them took; the page has everything.
+The first table is of what worked on every model, the second of all defences on the models that all of them took. A
+defence with fewer than ``--least`` cells is in neither of them nor on the page: one that has enough with seed 0 is in
+the third table, which is of that seed alone, and any other is named.
 """
 
 from __future__ import annotations
@@ -32,19 +33,24 @@ def publish(
     html: Annotated[Path, typer.Option(help="page with the whole matrix")],
     images: Annotated[int, typer.Option(help="clean images")] = 500,
     least: Annotated[int, typer.Option(help="cells that a defence must have, failed ones included")] = 40,
+    least_once: Annotated[int, typer.Option(help="the same with seed 0, for the third table")] = 15,
 ) -> None:
     """Tables, the page, and a summary."""
     records = [
         record for record in read_records(folders) if record["clean_images"] == images and record["attack"] != "clean"
     ]
     cells = Counter(record["defense"] for record in records)
-    few = {name: count for name, count in sorted(cells.items()) if count < least}
+    once = [record for record in records if record["seed"] == 0]
+    cells_once = Counter(record["defense"] for record in once)
+    slow = [name for name, count in cells.items() if count < least and cells_once[name] >= least_once]
+    few = {name: count for name, count in sorted(cells.items()) if count < least and name not in slow}
     failing = {record["defense"] for record in records if record["error"] is not None}
-    names = [name for name in cells if name not in few]
+    names = [name for name in cells if name not in few and name not in slow]
     everywhere = compare(records, [name for name in names if name not in failing])
     everything = compare(records, names)
     replace_between(into, "matrix", to_markdown(everywhere))
     replace_between(into, "matrix-all", to_markdown(everything))
+    replace_between(into, "matrix-once", to_markdown(compare(once, [*names, *slow])) if slow else "none yet")
     replace_between(into, "matrix-few", ", ".join(f"{name}: {count}" for name, count in few.items()) or "none")
     replace_between(summary_into, "matrix-summary", summary(everywhere, everything))
     atomic_write_text(html, to_html(everything))

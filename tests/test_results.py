@@ -95,7 +95,7 @@ def test_the_matrix_follows_from_its_records(monkeypatch: pytest.MonkeyPatch, tm
     for path, copy in zip(shown[:2], made[:2], strict=True):
         copy.write_text(path.read_text())
     folders = [RECORDS, RECORDS.parent / "bench"]
-    importlib.import_module("matrix").publish(folders, *made, images=500, least=40)
+    importlib.import_module("matrix").publish(folders, *made)
     assert [path.read_text() for path in made] == [path.read_text() for path in shown]
 
 
