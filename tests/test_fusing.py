@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from channel_cases import assert_as_found, snapshot
-from debackdoor.fusing import fused
+from debackdoor import fusing
+from debackdoor.channels import count_channels, find_channels, masked_call
+from debackdoor.fusing import fused, fused_under_masks
 from debackdoor.models import build_model
 from debackdoor.models.forward import predict
 
@@ -57,6 +59,24 @@ def test_the_same_answers_and_gradients_with_fewer_norms(arch: str, left: int) -
     assert_same_answers(model, found, x)
     assert_as_found(model, before)
     assert not any(parameter.requires_grad for parameter in found.parameters())
+
+
+@pytest.mark.parametrize("arch", ["resnet18-w8", "vgg11_bn-w8", "vgg11-w8", "preactresnet18-w8", "mobilenetv2-w8"])
+def test_the_same_answers_under_masks(arch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a mask is neither 0 nor 1, and for what is no norm; no model is called but the fused one."""
+    torch.manual_seed(0)
+    model = lived(build_model(arch, 10), 32)
+    before, x = snapshot(model), images(size=32)
+    layers = find_channels(model, x[:2])
+    answer = fused_under_masks(model, layers, x[:2])
+    masks = [torch.ones(count_channels(layers)), *images(3, count_channels(layers))[:, 0, 0]]
+    masks.append((masks[1] > 0.2).float())
+    with torch.no_grad():
+        expected = [masked_call(model, layers, mask, x) for mask in masks]
+        monkeypatch.setattr(fusing, "masked_call", None)
+        for mask, wanted in zip(masks, expected, strict=True):
+            assert float((answer(mask, x) - wanted).norm()) <= 1e-2 * float(wanted.norm())
+    assert_as_found(model, before)
 
 
 class Net(nn.Module):

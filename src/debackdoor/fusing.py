@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +14,14 @@ from torch.autograd.graph import Node
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from debackdoor._graph import Call, Trace, trace, uses
+from debackdoor.channels import MaskableLayer, count_channels, mask_parameters, masked_call
 from debackdoor.models.copying import copied
-from debackdoor.models.forward import predict
+from debackdoor.models.forward import logits_of, predict
+from debackdoor.models.stateless import call_with
 from debackdoor.runtime import generator
+
+Masked = Callable[[Tensor, Tensor], Tensor]
+"""Takes a mask (channels,) and images (N, C, H, W) to logits (N, K)."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Of these types exactly: a subclass may do something else."""
@@ -49,7 +56,51 @@ def fused(model: nn.Module, example: Tensor) -> nn.Module:
         return model
 
 
-def _with_fused(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
+def fused_under_masks(model: nn.Module, layers: Sequence[MaskableLayer], example: Tensor) -> Masked:
+    """A function of a mask and images that answers as ``masked_call`` does in eval mode, and takes less time.
+
+    The mask of a norm that is part of a convolution multiplies the convolution's weight, and its bias as far as that is
+    not the norm's own, which a mask leaves alone.
+
+    Args:
+        model: in eval mode; it is not changed, and must not be while the function is used.
+        layers: what the mask is of.
+        example: a few images that the model takes, (N, C, H, W) in [0, 1], on its device.
+    """
+
+    def plain(mask: Tensor, x: Tensor) -> Tensor:
+        return masked_call(model, layers, mask, x)
+
+    try:
+        found = _fused_under_masks(model, layers, _pairs(model, example))
+        masks = torch.ones(3, count_channels(layers), device=example.device)
+        masks[1:] = (torch.rand(masks[1:].shape, generator=generator(0)) > 0.2).to(masks)
+        same = all(_same(partial(plain, mask), partial(found, mask), example) for mask in masks)
+        return found if same else plain
+    except Exception:  # a model is anyone's code, and may ask its own layers for more than an answer
+        return plain
+
+
+def _fused_under_masks(model: nn.Module, layers: Sequence[MaskableLayer], pairs: Iterable[tuple[str, str]]) -> Masked:
+    convolutions = {norm: convolution for convolution, norm in pairs}
+    network = _with_fused(model, [(convolution, norm) for norm, convolution in convolutions.items()])
+    parameters = dict(network.named_parameters())
+    folded, shifts = list(layers), dict[str, Tensor]()
+    for place, layer in enumerate(layers):
+        if layer.name in convolutions:
+            weight, bias = (f"{convolutions[layer.name]}.{name}" for name in ("weight", "bias"))
+            shifts[bias] = model.get_parameter(f"{layer.name}.bias").detach()
+            parameters[bias] = parameters[bias] - shifts[bias]
+            folded[place] = replace(layer, kind="conv", parameters=(weight, bias))
+
+    def answer(mask: Tensor, x: Tensor) -> Tensor:
+        masked = mask_parameters(folded, mask, parameters)
+        return logits_of(call_with(network, masked | {name: masked[name] + value for name, value in shifts.items()}, x))
+
+    return answer
+
+
+def _with_fused(model: nn.Module, pairs: Sequence[tuple[str, str]]) -> nn.Module:
     found = copied(model).requires_grad_(False)
     for module in found.modules():
         module.training = False  # not eval(): a model may override train()
@@ -60,7 +111,7 @@ def _with_fused(model: nn.Module, pairs: list[tuple[str, str]]) -> nn.Module:
     return found
 
 
-def _same(model: nn.Module, found: nn.Module, example: Tensor) -> bool:
+def _same(model: Callable[[Tensor], Tensor], found: Callable[[Tensor], Tensor], example: Tensor) -> bool:
     """Whether both answer alike, also to what is no image: a branch may be silent on images."""
     noise = torch.rand(example.shape, generator=generator(0)).to(example)
     x = torch.cat([example, noise, torch.zeros_like(example[:1]), torch.ones_like(example[:1])])

@@ -7,15 +7,17 @@ the clean task, recover it with one mask a channel, prune the channels that the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import nn
 
-from debackdoor.channels import MaskableLayer, find_channels, masked_call
+from debackdoor.channels import MaskableLayer, find_channels
 from debackdoor.data import split_clean
 from debackdoor.defenses.base import Defense
 from debackdoor.errors import check_fraction
+from debackdoor.fusing import fused_under_masks
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, predict
 from debackdoor.rnp.prune import Cost, below, plan_mask, prune, rank, spared
@@ -115,9 +117,14 @@ class RNP(Defense):
         if self.threshold is not None:
             return below(exposure.ranking, self.threshold)
         candidates = below(exposure.ranking, self.suspicious)
-        return spared(
-            candidates, lambda plan: self._cost(model, exposure, plan, judges), self.budget, progress=progress
-        )
+        answer = fused_under_masks(model, exposure.layers, judges.x[:2])
+
+        def cost(plan: Plan) -> Cost:
+            mask = plan_mask(exposure.layers, plan, judges.x.device)
+            logits = predict(partial(answer, mask), judges.x, precision=self.precision)
+            return Cost(accuracy(logits, judges.y), F.cross_entropy(logits, judges.y).item())
+
+        return spared(candidates, cost, self.budget, progress=progress)
 
     def remove(self, model: nn.Module, exposure: Exposure, plan: Plan, holdout: CleanSet) -> RepairResult:
         """Stage 3: the pruned copy, and what it costs on the hold-out part."""
@@ -133,12 +140,6 @@ class RNP(Defense):
         )
         history = {"unlearn": exposure.unlearned.history, "recover": exposure.recovered.history}
         return RepairResult(repaired, plan, rates, None, history, steps, changed=bool(plan))
-
-    def _cost(self, model: nn.Module, exposure: Exposure, plan: Plan, judges: CleanSet) -> Cost:
-        """What pruning the plan costs, measured with masks: the model is not copied."""
-        mask = plan_mask(exposure.layers, plan, judges.x.device)
-        logits = predict(lambda x: masked_call(model, exposure.layers, mask, x), judges.x, precision=self.precision)
-        return Cost(accuracy(logits, judges.y), F.cross_entropy(logits, judges.y).item())
 
     def _rule(self) -> str:
         if self.threshold is not None:
