@@ -84,7 +84,7 @@ def fused_under_masks(model: nn.Module, layers: Sequence[MaskableLayer], example
 def _fused_under_masks(model: nn.Module, layers: Sequence[MaskableLayer], pairs: Iterable[tuple[str, str]]) -> Masked:
     convolutions = {norm: convolution for convolution, norm in pairs}
     network = _with_fused(model, [(convolution, norm) for norm, convolution in convolutions.items()])
-    parameters = dict(network.named_parameters())
+    parameters: dict[str, Tensor] = dict(network.named_parameters())
     folded, shifts = list(layers), dict[str, Tensor]()
     for place, layer in enumerate(layers):
         if layer.name in convolutions:
