@@ -97,7 +97,7 @@ def test_a_repair(network: nn.Module) -> None:
     head_start = 60 * 8 * 9  # three of each kind
     assert costs["search perturbations"]["backward"] == 60 * 4 * (before + after) + head_start
     assert costs["search margins"]["backward"] == 2 * 60 * 4 * CLASSES
-    assert costs["prune"]["passes"] <= 12
+    assert costs["prune"]["passes"] <= 20  # six of them to see that fused norms change nothing
     # Each step: 48 clean images, as many mixed ones, 16 with a trigger and 16 with a square, which the student sees and
     # the pruned network answers, and those with a trigger once more against the student.
     assert costs["relearn"] == {

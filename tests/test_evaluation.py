@@ -79,7 +79,7 @@ def test_large_sets_go_in_batches_and_keep_their_order() -> None:
     model = Toy()
     big = data(labels.tolist(), wrong.tolist(), labels.tolist())
     assert accuracy(model, big) == pytest.approx(800 / 1201)
-    assert model.largest_batch == 500
+    assert model.largest_batch == 128
 
 
 def test_progress_ends_at_the_last_image() -> None:
