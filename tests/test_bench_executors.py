@@ -121,7 +121,14 @@ def test_one_sentence_where_ray_is_missing(monkeypatch: pytest.MonkeyPatch) -> N
         run_ray(print, [1])
 
 
+@pytest.fixture
+def found_by_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Ray starts looks for modules where this process does."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("found_by_workers")
 def test_ray_does_the_same(tmp_path: Path) -> None:
     ray = pytest.importorskip("ray", reason="the library ray is not installed")
     outcomes = {outcome.item: outcome for outcome in run_ray(partial(work, tmp_path), ITEMS, workers=2)}
@@ -130,6 +137,7 @@ def test_ray_does_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("found_by_workers")
 def test_a_task_without_a_gpu_sees_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray", reason="the library ray is not installed")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
