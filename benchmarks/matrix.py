@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 from publish import replace_between
 
+from debackdoor.bench.methods import METHODS
 from debackdoor.bench.page import to_html
 from debackdoor.bench.records import read_records
 from debackdoor.bench.tables import Comparison, Row, compare, to_markdown
@@ -39,7 +40,8 @@ def publish(
     records = [
         record for record in read_records(folders) if record["clean_images"] == images and record["attack"] != "clean"
     ]
-    cells = Counter(record["defense"] for record in records)
+    cells = Counter(dict.fromkeys(METHODS.keys() - {"rnp"}, 0))  # whose records say repair
+    cells.update(record["defense"] for record in records)
     once = [record for record in records if record["seed"] == 0]
     cells_once = Counter(record["defense"] for record in once)
     slow = [name for name, count in cells.items() if count < least and cells_once[name] >= least_once]

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import debackdoor as db
 from debackdoor.allocator import keep_freed_memory
+from debackdoor.attacks.resume import weights_hash
 from debackdoor.bench.executors import Executor, execute
 from debackdoor.channels import count_channels, find_channels
 from debackdoor.data import load_dataset
@@ -87,7 +88,13 @@ def run(
         target = out / f"{point.grows}-{point.name}.json"
         if target.exists() or point.grows not in (grows or [point.grows]):
             continue
-        record = {"schema": SCHEMA, **asdict(point), **_measure(point, models, train_on, epochs)}
+        record = {
+            "schema": SCHEMA,
+            **asdict(point),
+            "train_on": train_on,
+            "epochs": epochs,
+            **_measure(point, models, train_on, epochs),
+        }
         record |= {"threads": torch.get_num_threads(), "versions": versions(), "commit": commit()}
         atomic_write_text(target, json.dumps(record, indent=1) + "\n")
         typer.echo(f"{target.stem}: scan {record['scan']['seconds']:.0f} s, repair {record['repair']['seconds']:.0f} s")
@@ -123,6 +130,7 @@ def _measure(point: Point, models: Path, train_on: int, epochs: int) -> dict[str
     model, _ = victim_of(name, arch, few, models, epochs)
     clean = _some(train, point.images, seed=1)
     found: dict[str, Any] = {
+        "victim": weights_hash(model),
         "parameters": sum(value.numel() for value in model.parameters()),
         "channels": count_channels(find_channels(model, clean.x[:2])),
     }

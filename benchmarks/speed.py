@@ -13,15 +13,12 @@ meanwhile. Networks are trained once and kept in the folder of ``--models``.
 
 from __future__ import annotations
 
-import copy
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import fmean
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import speed_tables
@@ -29,27 +26,22 @@ import torch
 import typer
 from publish import commit, replace_between
 from speed_cases import CASES, Case, fit_head, images_of, random_network, victim_of
-from speed_loops import gemm_rates, official, our_loops, passes_for, published_loops, rate
+from speed_loops import gemm_rates, our_loops, passes_for, published_loops, rate
+from speed_repairs import Stages, time_repairs, time_scan, time_test
 from torch import nn
 
 import debackdoor as db
 from debackdoor.allocator import keep_freed_memory
 from debackdoor.attacks import Attack
+from debackdoor.attacks.resume import weights_hash
 from debackdoor.bench.memory import PeakMemory
 from debackdoor.data import load_dataset
-from debackdoor.evaluation import evaluate
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
-from debackdoor.runtime import generator, versions
+from debackdoor.runtime import versions
 from debackdoor.types import CleanSet
 
 SCHEMA = "debackdoor/speed/1"
-
-SCALE = 50
-"""The published procedure's evaluations see one test image in so many."""
-
-JUDGED = 10
-"""What a repair comes to is measured on one test image in so many."""
 
 LARGE_IMAGES = 100
 """Clean images of 224 pixels that a whole repair gets."""
@@ -88,15 +80,25 @@ def run(
             record["loops"].append(row)
             _write(target, record)
         if attack is not None:
-            if "scan" not in record:
-                record |= {"scan": _scan(model, clean), "whole": []}
-                _write(target, record)
-            if "test" not in record:
-                record["test"] = _time_test(model, attack)
-                _write(target, record)
-            for row in time_repairs(model, attack, clean, pairs - len(record["whole"])):
-                record["whole"].append(row)
-                _write(target, record)
+            _whole(target, record, model, attack, clean, pairs)
+
+
+def _whole(target: Path, record: dict[str, Any], model: nn.Module, attack: Attack, clean: CleanSet, pairs: int) -> None:
+    if "scan" not in record:
+        record |= {"victim": weights_hash(model), "scan": time_scan(model, clean), "whole": []}
+        _write(target, record)
+    _check_victim(target, record, model)
+    if "test" not in record:
+        record["test"] = time_test(model, attack)
+        _write(target, record)
+    for row in time_repairs(model, attack, clean, pairs - len(record["whole"])):
+        record["whole"].append(row)
+        _write(target, record)
+
+
+def _check_victim(target: Path, record: dict[str, Any], model: nn.Module) -> None:
+    if record.get("victim") != weights_hash(model):
+        raise typer.BadParameter(f"{target}: expected the network of the record, got another; delete it to begin anew")
 
 
 def _finished(case: Case, record: dict[str, Any], pairs: int, whole: bool) -> bool:
@@ -148,102 +150,6 @@ def time_loops(case: Case, model: nn.Module, clean: CleanSet, pairs: int) -> Ite
         yield row
 
 
-def time_repairs(model: nn.Module, attack: Attack, clean: CleanSet, pairs: int) -> Iterator[dict[str, Any]]:
-    """Whole repairs, ours and the published procedure, turn by turn."""
-    measure = _test(attack)
-    before = measure(model)
-    for _ in range(pairs):
-        row = {"before": before, "ours": _ours(model, clean, measure)}
-        row["published"] = _published(model, clean, partial(measure, share=SCALE))
-        row |= {"commit": commit(), "threads": torch.get_num_threads()}
-        typer.echo(speed_tables.whole_line(row))
-        yield row
-
-
-def _test(attack: Attack) -> Callable[..., dict[str, float]]:
-    """Evaluates a model on one test image in so many, clean and triggered."""
-    test = db.load_clean("cifar10", limit=None, split="test")
-    order = torch.randperm(len(test), generator=generator(0))
-
-    def measure(model: nn.Module, share: int = JUDGED) -> dict[str, float]:
-        found = asdict(evaluate(model, test.subset(order[: len(test) // share]), attack, precision="fp32"))
-        return {name: value for name, value in found.items() if not name.endswith("images")}
-
-    return measure
-
-
-def _time_test(model: nn.Module, attack: Attack) -> dict[str, float]:
-    """Seconds of one evaluation of the whole test set, and of one of a part, scaled: the two should be alike."""
-    measure, seconds = _test(attack), {}
-    for share in (SCALE, 1):
-        started = time.perf_counter()
-        measure(model, share)
-        seconds[share] = time.perf_counter() - started
-    return {"seconds": seconds[1], "scaled_seconds": SCALE * seconds[SCALE]}
-
-
-class Stages:
-    """Progress that adds up the seconds of every stage, and counts its reports."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.last = time.perf_counter()
-
-    def __call__(self, stage: str, *_: object) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.last
-        self.last = now
-
-
-def _ours(model: nn.Module, clean: CleanSet, measure: Callable[[nn.Module], dict[str, float]]) -> dict[str, Any]:
-    memory, stages, started = PeakMemory(torch.device("cpu")), Stages(), time.perf_counter()
-    result = db.repair(model, clean, progress=stages)
-    seconds = time.perf_counter() - started
-    peak = memory.record()
-    return {
-        "seconds": seconds,
-        "stages": stages.seconds,
-        **peak,
-        "changed": result.changed,
-        "after": measure(result.model),
-    }
-
-
-def _scan(model: nn.Module, clean: CleanSet) -> dict[str, Any]:
-    started = time.perf_counter()
-    report = db.scan(model, clean)
-    return {"seconds": time.perf_counter() - started, "verdict": report.verdict, "commit": commit()}
-
-
-def _published(model: nn.Module, clean: CleanSet, measure: Callable[[nn.Module], dict[str, float]]) -> dict[str, Any]:
-    settings = official.Settings(1.0, 128, 0.01, 0.20, 21, 20, 98)
-    memory, tests = PeakMemory(torch.device("cpu")), list[float]()
-
-    def timed(model: nn.Module) -> dict[str, float]:
-        started = time.perf_counter()
-        found = measure(model)
-        tests.append(time.perf_counter() - started)
-        return found
-
-    with TemporaryDirectory() as folder:
-        record = official.reproduce(copy.deepcopy(model), clean, timed, settings, Path(folder) / "masks.txt", True)
-    clock = record["seconds"]
-    learning = clock["unlearn"] + clock.get("recover", 0.0)
-    between = SCALE * (clock["test while unlearning"] + clock.get("test while recovering", 0.0))
-    # Masks are written and read, and the model pruned, between the tests of thresholds: that is not scaled.
-    swept = sum(tests[len(tests) - len(record["sweep"]) :])
-    sweep = clock.get("sweep", 0.0) + (SCALE - 1) * swept
-    return {
-        "seconds": learning + between + sweep,
-        "seconds_without_tests": learning + sweep,
-        "learning": learning,
-        "stages": clock,
-        "evaluations": len(record["unlearn"]) + len(record["recover"]) + len(record["sweep"]),
-        **memory.record(),
-        "error": record["error"],
-    }
-
-
 @app.command()
 def together(
     out: Out,
@@ -256,6 +162,7 @@ def together(
         target = out / f"{case.name}.json"
         record = json.loads(target.read_text())
         model = load_model(models / f"{case.name}-blend.safetensors", str(case.arch))
+        _check_victim(target, record, model)
         clean = images_of(case, record["clean_images"])
         record["together"] = []
         for _ in range(times):

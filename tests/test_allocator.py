@@ -43,3 +43,11 @@ def test_other_c_libraries_have_no_such_function(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(ctypes, "CDLL", Other)
     keep_freed_memory()
     assert Other.asked == [None]
+
+
+def test_where_a_library_has_to_have_a_name_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nameless(name: object) -> None:
+        raise TypeError(f"argument of type '{type(name).__name__}' is not iterable")
+
+    monkeypatch.setattr(ctypes, "CDLL", nameless)
+    keep_freed_memory()

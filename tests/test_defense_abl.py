@@ -9,7 +9,7 @@ import torch
 
 from debackdoor.data import split_clean
 from debackdoor.defenses.abl import ABLUnlearning
-from debackdoor.errors import DataError, DebackdoorError, TooFewError
+from debackdoor.errors import DataError, DebackdoorError, ModelError, TooFewError
 from debackdoor.types import CleanSet
 from rnp_cases import TwoPixels, two_pixel_set
 from shortcut_cases import CLASSES, SIZE, row_images
@@ -153,3 +153,9 @@ def test_settings_of_zero_are_refused(name: str) -> None:
 def test_shares_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(DebackdoorError, match=f"expected {name} from 0 to 1, got 1.5"):
         ABLUnlearning(poisoned=first_class(), **{name: 1.5})
+
+
+def test_a_step_size_that_is_far_too_large_is_told_of() -> None:
+    defense = ABLUnlearning(poisoned=first_class(), lr=1e38, budget=None, precision="fp32")
+    with pytest.raises(ModelError, match=r"finite loss, got (nan|inf) in epoch \d+.*smaller step size"):
+        defense(TwoPixels(), two_pixel_set())

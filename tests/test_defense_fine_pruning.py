@@ -11,7 +11,7 @@ from debackdoor.defenses.fine_pruning import FinePruning, dormancy
 from debackdoor.errors import DebackdoorError, ModelError
 from debackdoor.models.resnet import resnet18
 from debackdoor.rnp.prune import prune
-from debackdoor.types import CleanSet
+from debackdoor.types import CleanSet, PlannedChannel
 from prune_cases import (
     BAD,
     NORMED,
@@ -56,6 +56,12 @@ def test_pruned_channels_stay_at_zero_and_the_others_learn() -> None:
     assert not torch.equal(result.model[4].weight, model[4].weight)
     assert not torch.equal(result.model[1].running_mean, model[1].running_mean)
     assert int(result.model[1].num_batches_tracked) == 20
+
+
+def test_levels_end_with_all_but_one_whatever_the_step() -> None:
+    ranking = tuple(PlannedChannel("layer", index, 0.0) for index in range(10))
+    levels = FinePruning(step=0.4)._levels(ranking)
+    assert [len(level.plan) for level in levels] == [0, 4, 8, 9]
 
 
 def test_fine_tuning_is_that_of_the_pruned_model() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from debackdoor.data import split_clean
 from debackdoor.defenses.ibau import IBAU, hypergradient
-from debackdoor.errors import DebackdoorError
+from debackdoor.errors import DebackdoorError, ModelError
 from debackdoor.runtime import generator
 from debackdoor.types import CleanSet
 from shortcut_cases import CLASSES, SIZE, row_images
@@ -167,3 +167,8 @@ def test_an_unknown_search_is_refused() -> None:
 def test_a_network_without_logits_is_refused() -> None:
     with pytest.raises(DebackdoorError, match="logits of shape"):
         IBAU()(nn.Identity(), row_images())
+
+
+def test_a_step_size_that_is_far_too_large_is_told_of() -> None:
+    with pytest.raises(ModelError, match=r"finite loss, got (nan|inf) in round \d+.*smaller step size"):
+        IBAU(**(QUICK | {"lr": 1e36}))(victim(), row_images())

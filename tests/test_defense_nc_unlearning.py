@@ -10,7 +10,7 @@ from debackdoor.data import split_clean
 from debackdoor.defenses import nc_unlearning
 from debackdoor.defenses.nc_unlearning import NCUnlearning
 from debackdoor.detectors.neural_cleanse import Anomalies, neural_cleanse
-from debackdoor.errors import DebackdoorError
+from debackdoor.errors import DebackdoorError, ModelError
 from debackdoor.types import RecoveredTrigger
 from shortcut_cases import CLASSES, SIZE, SWITCH, row_images
 from unlearning_cases import LABEL, Spy, check_is_a_copy, check_leaves_the_model_alone, right, success, victim
@@ -130,3 +130,9 @@ def test_settings_of_zero_are_refused(name: str) -> None:
 def test_shares_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(DebackdoorError, match=f"expected {name} from 0 to 1, got -0.1"):
         NCUnlearning(**{name: -0.1})
+
+
+@pytest.mark.usefixtures("found")
+def test_a_step_size_that_is_far_too_large_is_told_of() -> None:
+    with pytest.raises(ModelError, match=r"finite loss, got (nan|inf) in epoch \d+ of fine-tuning.*smaller step size"):
+        NCUnlearning(**(QUICK | {"lr": 1e30}))(victim(), row_images())

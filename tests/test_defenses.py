@@ -14,7 +14,7 @@ from debackdoor.errors import DataError, DebackdoorError
 from debackdoor.rnp.prune import Cost, below, plan_mask, rank, spared
 from debackdoor.rnp.recover import RecoverSettings
 from debackdoor.rnp.unlearn import UnlearnSettings
-from debackdoor.types import Plan, RepairResult
+from debackdoor.types import CleanSet, Plan, RepairResult
 from rnp_cases import quadrant_set, quadrants
 
 QUICK = {
@@ -196,3 +196,19 @@ def test_fine_tuning_can_hold_images_out() -> None:
 def test_bad_settings_of_fine_tuning_are_refused(name: str) -> None:
     with pytest.raises(DebackdoorError, match=f"{name} above 0, got 0"):
         FineTuning(**{name: 0})
+
+
+def test_the_published_masks_lie_on_norms_alone_where_there_are_any() -> None:
+    """The last convolution, which no norm follows, is maskable, too."""
+    mixed = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(), nn.Linear(6, 4),
+    ).eval()  # fmt: skip
+    plain = nn.Sequential(*(layer for layer in mixed if not isinstance(layer, nn.BatchNorm2d)))
+    quick = {"unlearning": UnlearnSettings(max_passes=1), "recovery": RecoverSettings(passes=1)}
+    images = CleanSet(torch.rand(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4)
+    for model, threshold, names in (
+        (mixed, 0.2, ["1"]), (mixed, None, ["1", "3"]), (plain, 0.2, ["0", "2"]), (plain, None, ["0", "2"]),
+    ):  # fmt: skip
+        exposure = RNP(threshold=threshold, **quick).expose(model, images)
+        assert [layer.name for layer in exposure.layers] == names

@@ -40,6 +40,22 @@ class Largest(nn.Module):
         return self.inner(x)
 
 
+class Noting(nn.Linear):
+    """A layer that saves more than tensors."""
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"made": "by hand"}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        assert state
+
+
+def test_what_modules_save_beside_tensors_takes_no_memory() -> None:
+    x = torch.rand(6, 3, 4, 4)
+    noting, plain = (nn.Sequential(nn.Flatten(), kind(48, 2)) for kind in (Noting, nn.Linear))
+    assert images_within(1.0, noting, x) == images_within(1.0, plain, x)
+
+
 @pytest.mark.parametrize(("count", "most"), [(10, 3), (10, 10), (10, 99), (7, 1), (1, 4)])
 def test_parts_are_the_whole_batch_and_small_enough(count: int, most: int) -> None:
     with at_once(most):

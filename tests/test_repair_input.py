@@ -105,6 +105,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Callable[[], CleanSet], type[Excep
         lambda: with_layer(weight_norm), quadrant_set, ModelError, "call remove_weight_norm or"
     ),
     "half precision": (lambda: quadrants().half(), quadrant_set, ModelError, "float32 weights, got torch.float16"),
+    "a compiled one": (lambda: torch.compile(quadrants()), quadrant_set, ModelError, "pass what it was made from"),
     "a wrapper": (lambda: nn.DataParallel(quadrants()), quadrant_set, ModelError, "pass model.module"),
 }  # fmt: skip
 

@@ -54,6 +54,19 @@ def test_precision_decides_the_dtype_of_a_product(fast: bool, monkeypatch: pytes
     }
 
 
+def test_inside_the_callers_own_autocast_weights_that_change_count() -> None:
+    layer, x = torch.nn.Linear(4, 4), torch.ones(1, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with autocast(CPU, "bf16"):
+            before = layer(x).detach()
+        with torch.no_grad():
+            layer.weight.mul_(5)
+            layer.bias.mul_(5)
+        with autocast(CPU, "bf16"):
+            after = layer(x).detach()
+    assert torch.allclose(after.float(), 5 * before.float(), rtol=0.05)
+
+
 def test_no_backend_no_fast_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(has_fast_bf16(CPU), bool)
     assert has_fast_bf16(torch.device("meta")) is False

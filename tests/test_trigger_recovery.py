@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from channel_cases import assert_as_found, snapshot
 from debackdoor.detectors.trigger import LARGER, SearchSettings, _Joint, recover_trigger, search_triggers, success_rate
+from debackdoor.runtime import at_once
 from debackdoor.types import CleanSet, RecoveredTrigger
 from toys import set_values
 
@@ -141,3 +142,21 @@ def test_both_models_are_left_alone_and_the_seed_decides() -> None:
         assert_as_found(model, state)
     assert torch.equal(one.pattern, two.pattern)
     assert not torch.equal(one.pattern, other.pattern)
+
+
+def test_two_models_share_the_memory_that_one_may_take() -> None:
+    seen: list[int] = []
+
+    class Watched(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                seen.append(len(x))
+            return self.inner(x)
+
+    with at_once(8):
+        recover_trigger(Watched(suspect()), exposed(), images(), images(), 2, SearchSettings(steps=2), precision="fp32")
+    assert [count for count in seen if count > 2] == [4, 4, 8, 8]  # two images show what may be fused

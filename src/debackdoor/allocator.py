@@ -15,7 +15,7 @@ def keep_freed_memory() -> None:
     Every step of learning frees tensors and asks for as many of the same sizes again. To give their pages back and
     have them zeroed anew takes time. For processes that are the program's own.
     """
-    with contextlib.suppress(AttributeError, OSError):
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # the last where a library has to have a name
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, 32 << 20)  # glibc takes no more
         mallopt(_TRIM_THRESHOLD, 1 << 30)

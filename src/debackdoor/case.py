@@ -174,6 +174,8 @@ def _copied(model: nn.Module) -> nn.Module:
         raise ModelError(f"expected the network itself, got it inside {type(model).__name__}; pass model.module")
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError("expected a network in Python, got a compiled ScriptModule; pass the one it was made from")
+    if any("_orig_mod" in module._modules for module in model.modules()):
+        raise ModelError("expected a network as it was written, got one from torch.compile; pass what it was made from")
     other = next((value.dtype for value in model.parameters() if value.dtype != torch.float32), None)
     if other is not None:
         raise ModelError(f"expected float32 weights, got {other}; call model.float() first")

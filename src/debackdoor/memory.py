@@ -47,7 +47,8 @@ def images_within(limit: float, model: nn.Module, x: Tensor, precision: str = "a
     Raises:
         DebackdoorError: if the limit is too low for this model and as many clean images.
     """
-    weights = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    saved = (value for value in model.state_dict().values() if isinstance(value, Tensor))  # modules may add anything
+    weights = sum(value.numel() * value.element_size() for value in saved)
     base = RUNTIME * GIB + MODELS * weights + CLEAN_SETS * x.numel() * x.element_size()
     each = max(1.0, BESIDE * _kept(model, x, precision))
     images = int(min((limit * GIB - base) / each, MOST))

@@ -78,7 +78,8 @@ def autocast(device: torch.device, precision: str = "auto") -> AbstractContextMa
             f"expected a precision out of {', '.join(PRECISIONS)}, got '{precision}'; choose one of them"
         )
     enabled = precision == "bf16" or (precision == "auto" and has_fast_bf16(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    # Where a caller's own autocast is around this one, torch would keep what it cast while the weights change.
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled, cache_enabled=False)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from debackdoor.detectors.shortcut import lead
 from debackdoor.detectors.trigger import recover_trigger, search_triggers
 from debackdoor.detectors.words import findings, nothing_found
 from debackdoor.errors import ChanceError, TooFewError
+from debackdoor.fusing import fused
 from debackdoor.memory import DEFAULT
 from debackdoor.types import CleanSet, Progress, RecoveredPattern, RecoveredTrigger, ScanReport, Suspect
 
@@ -156,7 +157,7 @@ def _pattern(evidence: Evidence, label: int) -> RecoveredPattern | None:
 def _all_triggers(case: Case) -> list[dict[str, Any]]:
     """What the smallest trigger towards every label costs on the suspect model."""
     found = search_triggers(
-        case.suspect,
+        fused(case.suspect, case.fit.x[:2]),
         case.fit,
         case.holdout,
         range(case.classes),

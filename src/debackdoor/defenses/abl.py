@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debackdoor.data import check_labels, split_clean
-from debackdoor.defenses.base import Defense
+from debackdoor.defenses.base import Defense, check_loss
 from debackdoor.errors import DataError, TooFewError, check_fraction, check_positive
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, logits_of, predict
@@ -110,6 +110,7 @@ class ABLUnlearning(Defense):
             model.train()
             batches = shuffled_batches(len(self.poisoned), self.batch_size, random, self.poisoned.x.device)
             errors = torch.cat([self._step(model, optimizer, self.poisoned.subset(index)) for index in batches])
+            check_loss(float(errors.mean()), f"epoch {epoch}", self.lr)
             now = accuracy(predict(model.eval(), judges.x, precision=self.precision), judges.y)
             kept = self.budget is None or before - now <= self.budget + 1e-9
             row = {"epoch": epoch, "loss": float(errors.mean()), "accuracy": now, "kept": kept}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from debackdoor.errors import ModelError
 from debackdoor.types import CleanSet, Progress, RepairResult
 
 
@@ -35,6 +37,16 @@ class Defense(ABC):
             clean: trusted samples on the model's device.
             progress: called from inside long loops.
         """
+
+
+def check_loss(loss: float, where: str, lr: float) -> None:
+    """Checks that training has not left the numbers there are.
+
+    Raises:
+        ModelError: if the loss is not finite: what came of it would answer one label to everything.
+    """
+    if not math.isfinite(loss):
+        raise ModelError(f"expected a finite loss, got {loss} in {where}; take a smaller step size than {lr}")
 
 
 def differ(one: nn.Module, other: nn.Module) -> bool:

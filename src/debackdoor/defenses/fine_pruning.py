@@ -7,6 +7,7 @@ activation on clean images and pruned lowest first. Fine-tuning follows Wu et al
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class FinePruning(Defense):
         size = len(ranking)
         if self.share is not None:
             return (Level(self.share, ranking[: round(self.share * size)]),)
-        steps = round(1 / self.step)
+        steps = math.ceil(1 / self.step)
         counts = sorted({min(round(i * self.step * size), size - 1) for i in range(steps + 1)})
         return tuple(Level(count / size, ranking[:count]) for count in counts)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from debackdoor.data import check_labels, split_clean
-from debackdoor.defenses.base import Defense
+from debackdoor.defenses.base import Defense, check_loss
 from debackdoor.errors import DebackdoorError, check_fraction, check_positive
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, logits_of, predict
@@ -103,6 +103,7 @@ class IBAU(Defense):
                     loss += self._step(model, optimizer, fit.subset(index), d, random) * len(index)
                     seen += len(index)
                 history.append({**row, "loss": loss.item() / seen})
+                check_loss(history[-1]["loss"], f"round {done}", self.lr)
                 if progress is not None:
                     progress("unlearn", done, self.rounds, {"loss": history[-1]["loss"]})
         optimizer.zero_grad(set_to_none=True)

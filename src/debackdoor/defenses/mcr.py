@@ -93,7 +93,7 @@ class MCR(Tuning):
         t = self.t if judges is None else self._furthest(suspect, at, judges)
         steps = (
             Step("fine-tune", f"the other end, {self.tuning_epochs} epochs", tuned.steps[0].numbers),
-            Step("connect", f"{self.epochs} epochs, taken at t = {t}", history[-1]),
+            Step("connect", f"{self.epochs} epochs, {_taken(t)}", history[-1]),
         )
         return Tuned(suspect if t is None else at(t), {**tuned.history, self.name: history}, steps)
 
@@ -143,6 +143,10 @@ class MCR(Tuning):
                 model(fit.x[index])
         for norm, momentum, tracked in kept:
             norm.momentum, norm.num_batches_tracked = momentum, tracked
+
+
+def _taken(t: float | None) -> str:
+    return "and the suspect model kept: every place costs more than the budget" if t is None else f"taken at t = {t}"
 
 
 def on_curve(start: Weights, middle: Weights, end: Weights, t: float) -> dict[str, Tensor]:

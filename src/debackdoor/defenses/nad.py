@@ -65,6 +65,7 @@ class NAD(Tuning):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(power=self.power, teacher_lr=self.teacher_lr, teacher_epochs=self.teacher_epochs)
+        check_positive(momentum=self.momentum)  # Nesterov's
         if len(self.betas) != 3 or not all(beta >= 0 for beta in self.betas):
             raise DebackdoorError(f"expected three betas of at least 0, got {self.betas}; give one a resolution")
 

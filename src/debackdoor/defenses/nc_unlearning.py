@@ -16,7 +16,7 @@ from torch import nn
 
 from debackdoor.data import check_labels, split_clean
 from debackdoor.data.augment import random_shift
-from debackdoor.defenses.base import Defense
+from debackdoor.defenses.base import Defense, check_loss
 from debackdoor.detectors.neural_cleanse import OUTLYING, Anomalies, neural_cleanse, published
 from debackdoor.errors import check_fraction, check_positive
 from debackdoor.models.copying import copied
@@ -134,6 +134,7 @@ class NCUnlearning(Defense):
                 optimizer.step()
                 total, seen = total + loss.detach().double() * len(index), seen + len(index)
             history.append({"epoch": epoch, "loss": total.item() / seen})
+            check_loss(history[-1]["loss"], f"epoch {epoch} of fine-tuning", self.lr)
             if progress is not None:
                 progress("fine-tune", epoch, self.epochs, {"loss": history[-1]["loss"]})
         return history

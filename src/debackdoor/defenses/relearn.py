@@ -89,6 +89,7 @@ def relearn(
         now = _right(student, holdout, precision)
         if _affordable(right, now, budget):
             return Relearned(student, tried.lr, float(now.mean()), history)
+        del lesson, student  # before there are others: a large network would not fit twice
     return Relearned(None, tried.lr, float(now.mean()), history)
 
 

@@ -50,7 +50,8 @@ class RNP(Defense):
     Attributes:
         budget: how far accuracy on the clean images may fall, a fraction; pruning goes as far along the ranking.
         suspicious: channels with masks above this are not pruned.
-        threshold: where given, prune every channel whose mask is at most this instead (the paper's rule).
+        threshold: where given, prune every channel whose mask is at most this instead (the paper's rule). As in the
+            paper masks then lie on normalisation layers alone; on all maskable layers where there are none.
         unlearning: hyper-parameters of stage 1.
         recovery: hyper-parameters of stage 2.
 
@@ -73,8 +74,9 @@ class RNP(Defense):
     def published(cls, threshold: float = 0.2, *, seed: int = 0, precision: str = "fp32") -> RNP:
         """The paper's settings: larger steps, checked once a pass and never taken back, and a fixed mask threshold.
 
-        All clean images teach. Other than published, images are not mirrored, and the accuracy that ends stage 1 is
-        that of a check after each pass, rather than the average over the pass.
+        All clean images teach. Other than published, images are not mirrored, the accuracy that ends stage 1 is that of
+        a check after each pass, rather than the average over the pass, and networks without normalisation, which the
+        paper has nothing to mask in, are masked as ours are.
         """
         unlearning = UnlearnSettings(
             lr=0.01,
@@ -101,6 +103,8 @@ class RNP(Defense):
     def expose(self, model: nn.Module, fit: CleanSet, *, progress: Progress | None = None) -> Exposure:
         """Stages 1 and 2, and the ranking they give."""
         layers = find_channels(model, fit.x[:2])
+        if self.threshold is not None:
+            layers = tuple(layer for layer in layers if layer.kind == "norm") or layers
         unlearned = unlearn(model, fit, self.unlearning, seed=self.seed, precision=self.precision, progress=progress)
         recovered = recover(
             unlearned.model, layers, fit, self.recovery, seed=self.seed, precision=self.precision, progress=progress

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from debackdoor.data import split_clean
 from debackdoor.data.augment import random_shift
-from debackdoor.defenses.base import Defense, differ
-from debackdoor.errors import ModelError, check_fraction, check_positive
+from debackdoor.defenses.base import Defense, check_loss, differ
+from debackdoor.errors import check_fraction, check_positive
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, predict
 from debackdoor.runtime import generator, seeded, shuffled_batches
@@ -118,11 +118,7 @@ class Tuning(Defense):
                 optimizer.step()
                 total, seen = total + loss.detach().double() * len(index), seen + len(index)
             loss_sum = total.item()  # once an epoch: a GPU has to be waited for
-            if not math.isfinite(loss_sum):
-                raise ModelError(
-                    f"expected a finite loss, got {loss_sum} in epoch {epoch + 1} of {stage}; "
-                    f"take a smaller step size than {self.lr}"
-                )
+            check_loss(loss_sum, f"epoch {epoch + 1} of {stage}", self.lr)
             rows.append({"epoch": epoch + 1, "loss": loss_sum / seen, "lr": self._lr(epoch)})
             if progress is not None:
                 progress(stage, epoch + 1, self.epochs, {"loss": loss_sum / seen})

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debackdoor.models.forward import predict
+from debackdoor.models.forward import predict, predict_changed
 from debackdoor.runtime import answered_at_once, generator
 from debackdoor.types import CleanSet, Progress
 
@@ -168,4 +168,5 @@ def _success(model: nn.Module, holdout: CleanSet, square: Square, label: int, pr
     others = holdout.x[holdout.y != label]
     if not len(others):
         return 0.0
-    return float((predict(model, square.apply(others), precision=precision).argmax(1) == label).float().mean())
+    answers = predict_changed(model, square.apply, others, precision=precision).argmax(1)
+    return float((answers == label).float().mean())

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debackdoor.fusing import fused
-from debackdoor.models.forward import logits_of, margins_of, predict
-from debackdoor.runtime import at_most, autocast, generator, sent, to_report
+from debackdoor.models.forward import logits_of, margins_of, predict, predict_changed
+from debackdoor.runtime import at_most, at_once, autocast, generator, sent, to_report
 from debackdoor.types import CleanSet, Progress, RecoveredTrigger
 
 LARGER = 4.0
@@ -130,7 +130,9 @@ def recover_trigger(
         return replace(found, success_rate=success_rate(suspect, found, holdout, precision=precision))
 
     doubt = 2 * max(0.0, _usual_margin(exposed, fit, label, precision))
-    together, alone = search(_Joint(suspect, exposed, label, doubt).eval()), search(suspect)
+    with at_once(max(2, at_most(MOST_AT_ONCE) // 2)):  # two networks keep what they need for the way back
+        together = search(_Joint(suspect, exposed, label, doubt).eval())
+    alone = search(suspect)
     # An exposed model that has lost the backdoor, or is too sure of the label, asks for far more than the trigger.
     better = together.success_rate >= alone.success_rate and together.l1 <= LARGER * alone.l1
     return together if better else alone
@@ -141,7 +143,7 @@ def success_rate(model: nn.Module, trigger: RecoveredTrigger, images: CleanSet, 
     others = images.x[images.y != trigger.label]
     if not len(others):
         return 0.0
-    answers = predict(model, trigger.apply(others), precision=precision).argmax(1)
+    answers = predict_changed(model, trigger.apply, others, precision=precision).argmax(1)
     return float((answers == trigger.label).float().mean())
 
 

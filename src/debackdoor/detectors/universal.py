@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from debackdoor.data.augment import random_shift
 from debackdoor.detectors.perturbations import KINDS, Additive, Patch, Perturbations, Sizes
-from debackdoor.models.forward import logits_of, predict
+from debackdoor.models.forward import logits_of, predict_changed
 from debackdoor.runtime import at_most, autocast, generator, sent, to_report
 from debackdoor.types import CleanSet, Progress
 
@@ -139,8 +139,11 @@ class UniversalSearch:
     @torch.no_grad()
     def answers(self, model: nn.Module, x: Tensor, number: int, *, precision: str = "auto") -> Tensor:
         """The model's labels (N,) for all images under one of the perturbations."""
-        index = torch.full((len(x),), number)
-        return predict(model, self.apply(x, index), precision=precision).argmax(1)
+
+        def perturbed(part: Tensor) -> Tensor:
+            return self.apply(part, torch.full((len(part),), number))
+
+        return predict_changed(model, perturbed, x, precision=precision).argmax(1)
 
 
 def patches_away(count: int) -> list[Aim]:

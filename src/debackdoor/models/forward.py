@@ -54,6 +54,17 @@ def predict(
         return torch.cat([logits_of(model(batch.clone())).float() for batch in x.split(size)])
 
 
+def predict_changed(
+    model: Callable[[Tensor], Any], change: Callable[[Tensor], Tensor], x: Tensor, *, precision: str = "auto"
+) -> Tensor:
+    """Float32 logits (N, K) on images (N, C, H, W) that ``change`` makes others of.
+
+    They are changed as they go through the model: never are all of them held.
+    """
+    parts = x.split(answered_at_once(x.device))
+    return torch.cat([predict(model, change(part), precision=precision) for part in parts])
+
+
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards every module is in the mode it was in, also after an error."""
