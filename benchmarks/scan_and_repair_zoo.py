@@ -4,7 +4,8 @@
         --samples benchmarks/results/samples
 
 The records are those of ``scan_zoo.py run``, ``repair_zoo.py run`` and, where a folder for them is given,
-``sample_zoo.py run --detector repair-shift``. What a scan and a repair both begin with is in the seconds of each.
+``sample_zoo.py run --detector repair-shift``. What a scan and a repair both begin with is in the seconds of each, and
+once in those of both together, which stand in the repair's records.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _measure(
     scanned = scan_zoo.record_of(report, card, zoo, case, shared + scanning, memory)
     _write_new(scan_to, scanned)
     repaired = repair_zoo.record_of(result, card, zoo, "repair", seed, case.clean, shared + repairing, memory)
-    _write_new(repair_to, repaired)
+    _write_new(repair_to, repaired | {"seconds_with_scan": round(shared + scanning + repairing, 1)})
     if samples_to is not None and card.attack != CLEAN and not samples_to.exists():
         judges = {"repaired": [result.model] if result.changed else []}
         sample_zoo.add_to(samples_to, sample_zoo.record_of(card, zoo, case, [REPAIR_SHIFT], judges))
