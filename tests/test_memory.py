@@ -95,11 +95,12 @@ def test_learning_in_parts_is_learning_from_the_whole() -> None:
     assert masks.min() < 1
 
 
-def test_a_lesson_in_parts_is_the_lesson_from_the_whole() -> None:
-    """The triggers that move along with the student included."""
+@pytest.mark.parametrize(("batch_size", "most"), [(12, 10), (12, 4), (2, 4)])
+def test_a_lesson_in_parts_is_the_lesson_from_the_whole(batch_size: int, most: int) -> None:
+    """The triggers that move along with the student included, and parts without a clean image."""
     images, model = row_images(48), switched_to(2)
     layers = find_channels(model, images.x[:2])
-    settings = RelearnSettings(steps=6, batch_size=12, head_start=2, triggered=6)
+    settings = RelearnSettings(steps=6, batch_size=batch_size, head_start=2, triggered=6)
 
     def learned() -> list[float]:
         history = relearn(
@@ -108,7 +109,7 @@ def test_a_lesson_in_parts_is_the_lesson_from_the_whole() -> None:
         return [row["loss"] for row in history]
 
     whole = learned()
-    with at_once(10):
+    with at_once(most):
         assert learned() == pytest.approx(whole, rel=1e-3)
 
 
@@ -123,22 +124,34 @@ def test_triggers_searched_in_parts_are_the_same() -> None:
         assert found() == pytest.approx(whole)
 
 
-@pytest.mark.parametrize("count", [4, 3])
-def test_parts_of_a_lesson_hold_images_of_every_kind(count: int) -> None:
+@pytest.mark.parametrize("most", [9, 6, 5, 4])
+def test_parts_of_a_lesson_are_all_of_it_and_small_enough(most: int) -> None:
     """Six clean images and as many mixed ones, four with a trigger and two with a square."""
-    kinds = torch.tensor([0] * 6 + [1] * 6 + [2] * 4 + [3] * 2).float()
-    batch = Batch(kinds, kinds + 10, torch.arange(6), torch.arange(6) + 20, torch.arange(4))
+    kind = torch.tensor([0] * 6 + [1] * 6 + [2] * 4 + [3] * 2).float()
+    batch = Batch(kind, torch.arange(18.0), torch.arange(6), torch.arange(6) + 20, torch.arange(4))
     assert batch.split() == [batch]
-    with at_once(18 // count):
+    with at_once(most):
         split = batch.split()
-    assert len(split) == 2  # no more than there are images of the rarest kind
+    assert len(split) == math.ceil(18 / most)
     for part in split:
-        assert set(part.seen.tolist()) == {0, 1, 2, 3}
-        assert torch.equal(part.taught, part.seen + 10)
+        assert len(part.seen) <= most
+        assert part.seen.tolist() == kind[part.taught.long()].tolist()
         assert len(part.seen) == 2 * len(part.y) + len(part.triggered_y)
+        clean, mixed = part.taught[: 2 * len(part.y)].chunk(2)
+        assert (mixed - clean).tolist() == [6] * len(part.y)
+        assert int((part.seen == 2).sum()) == len(part.trigger)
+    assert sorted(torch.cat([part.taught for part in split]).tolist()) == list(range(18))
     for name in ("y", "triggered_y", "trigger"):
         together = torch.cat([getattr(part, name) for part in split])
         assert sorted(together.tolist()) == sorted(getattr(batch, name).tolist())
+
+
+def test_a_part_of_a_lesson_may_lack_clean_images() -> None:
+    """Two clean images and two mixed ones, nine with a trigger: of four parts one pair each is in two."""
+    batch = Batch(torch.zeros(13), torch.arange(13.0), torch.arange(2), torch.arange(9), torch.arange(9))
+    with at_once(4):
+        sizes = [(len(part.y), len(part.trigger)) for part in batch.split()]
+    assert sizes == [(1, 2), (1, 1), (0, 3), (0, 3)]
 
 
 def test_a_repair_lets_no_more_images_through_than_it_may() -> None:

@@ -87,18 +87,26 @@ class Batch:
     trigger: Tensor
 
     def split(self) -> list[Batch]:
-        """Batches that together are this one, each with images of all its kinds; one where the memory allows it."""
-        kinds = [len(self.y), len(self.trigger), len(self.triggered_y) - len(self.trigger)]
-        number = min(len(parts(len(self.seen))), *(kind for kind in kinds if kind))
-        return [self] if number == 1 else [self._part(slice(first, None, number)) for first in range(number)]
+        """Batches that together are this one and that memory allows, as even as can be; some may lack a kind.
 
-    def _part(self, chosen: slice) -> Batch:
-        count, searched = len(self.y), len(self.trigger)
-        kinds = [count, count, searched, len(self.triggered_y) - searched]
-        each = torch.arange(len(self.seen), device=self.seen.device).split(kinds)
-        rows = torch.cat([kind[chosen] for kind in each])
-        triggered = torch.cat([self.triggered_y[:searched][chosen], self.triggered_y[searched:][chosen]])
-        return Batch(self.seen[rows], self.taught[rows], self.y[chosen], triggered, self.trigger[chosen])
+        A clean image and its mixed one stay together.
+        """
+        number = len(parts(len(self.seen)))
+        if number == 1:
+            return [self]
+        pairs = [list(range(len(self.y)))[first::number] for first in range(number)]
+        singles: list[list[int]] = [[] for _ in range(number)]
+        for row in range(len(self.triggered_y)):
+            emptiest = min(range(number), key=lambda part: 2 * len(pairs[part]) + len(singles[part]))
+            singles[emptiest].append(row)
+        return [self._part(*map(torch.tensor, chosen)) for chosen in zip(pairs, singles, strict=True)]
+
+    def _part(self, pairs: Tensor, singles: Tensor) -> Batch:
+        pairs, singles = pairs.long(), singles.long()  # an empty one is of floats
+        rows = torch.cat([pairs, len(self.y) + pairs, 2 * len(self.y) + singles])
+        trigger = self.trigger[singles[singles < len(self.trigger)]]
+        rows, pairs, singles = (sent(index, self.seen.device) for index in (rows, pairs, singles))
+        return Batch(self.seen[rows], self.taught[rows], self.y[pairs], self.triggered_y[singles], trigger)
 
 
 class Lesson:
@@ -192,15 +200,17 @@ class Lesson:
         moves = [torch.zeros_like(value) for value in found]
         self.optimizer.zero_grad()
         for part in batch.split():
-            if self.triggers is not None:
+            if len(part.trigger):
                 attack = self._attack(part) / len(batch.trigger)
                 # The parts of a batch share the way from the triggers to the images.
                 some = torch.autograd.grad(attack, found, retain_graph=True, allow_unused=True)
                 moves = [a if b is None else a + b for a, b in zip(moves, some, strict=True)]
+                del attack  # and with it what the student kept of this
             clean, triggered, wanted = self._answers(part)
-            share = len(part.y) / len(batch.y)
-            loss = share * self._clean_loss(clean, wanted[: len(clean)], part.y)
-            if self.triggers is not None:
+            loss = torch.zeros((), device=batch.seen.device)
+            if len(part.y):
+                loss = len(part.y) / len(batch.y) * self._clean_loss(clean, wanted[: len(clean)], part.y)
+            if len(triggered):
                 away = self._triggered_loss(triggered, wanted[len(clean) :], part.triggered_y)
                 loss = loss + self.settings.triggers * len(triggered) / len(batch.triggered_y) * away
             torch.autograd.backward(loss, inputs=list(self.parameters.values()))
