@@ -1,5 +1,6 @@
 """Ranking, choosing and removing channels."""
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -113,8 +114,21 @@ def test_few_plans_are_measured_where_most_are_free() -> None:
     costs = Costs([0] * 800, [0] * 799 + [1.0])
     assert len(spared(ranking_of(800), costs, 0.02, group=8)) == 799
     # The start, every group, and the first halves of the last; its second halves make it whole again.
-    assert len(costs.asked) == 1 + 100 + 3
+    assert len(costs.asked) == 1 + math.ceil(800 / 13) + 3  # of 800 channels no more than 64 groups
     assert len({frozenset(plan) for plan in costs.asked}) == len(costs.asked)
+
+
+def test_of_many_channels_that_are_needed_few_plans_are_measured() -> None:
+    """Of the groups that come late, those without a needed channel are taken, and the others passed over whole."""
+    needed = [index % 2 or index // 100 % 2 for index in range(6400)]
+    costs = Costs([0] * 6400, needed)
+    found = [channel.index for channel in spared(ranking_of(6400), costs, 0.02, group=8, most=512)]
+    assert len(costs.asked) <= 512 + 64
+    assert found[:50] == list(range(0, 100, 2))
+    assert not any(needed[index] for index in found)
+    free = Costs([0] * 6400, [0] * 6400)
+    assert len(spared(ranking_of(6400), free, 0.02)) == 6400
+    assert len(free.asked) == 1 + 64
 
 
 def test_a_plans_mask_is_zero_at_its_places() -> None:

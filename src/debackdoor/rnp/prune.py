@@ -6,6 +6,7 @@ removing are separate, so a plan can be read before it is applied.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,8 @@ def spared(
     budget: float,
     *,
     group: int = 8,
+    groups: int = 64,
+    most: int = 512,
     progress: Progress | None = None,
 ) -> Plan:
     """The channels along the ranking that the clean task can spare, in the ranking's order.
@@ -64,11 +67,16 @@ def spared(
     suspicious, and does not use up the budget of those behind it. A refused group is halved, down to single channels.
     The loss is asked beside accuracy because it tells apart what a few hundred images' accuracy cannot.
 
+    Each try is a look at all images. So that a large network, whose every look takes long, does not ask for thousands
+    of them, its groups are larger, and after ``most`` tries a refused group is passed over as a whole.
+
     Args:
         ranking: candidates, most suspicious first.
         measure: what pruning a plan costs; called with the empty plan first, and once for the same channels.
         budget: how far accuracy may fall, a fraction.
-        group: channels in a group.
+        group: channels in a group, at least.
+        groups: how many groups at most; of more candidates the groups are larger.
+        most: tries after which groups are no longer halved.
         progress: called whenever it is decided about a group or a channel.
     """
     plan: Plan = ()
@@ -83,6 +91,7 @@ def spared(
         return known[key]
 
     start = now = cost_of(plan)
+    group = max(group, math.ceil(len(ranking) / groups))
     waiting = [ranking[i : i + group] for i in range(0, len(ranking), group)][::-1]
     while waiting:
         candidates = waiting.pop()
@@ -90,7 +99,7 @@ def spared(
         # A fall of exactly the budget is within it, whatever the last bit of the difference says.
         if start.accuracy - cost.accuracy <= budget + 1e-9 and cost.loss <= now.loss + budget / 8:
             plan, now = plan + candidates, cost
-        elif len(candidates) > 1:
+        elif len(candidates) > 1 and len(known) < most:
             half = len(candidates) // 2
             waiting += [candidates[half:], candidates[:half]]
             continue
