@@ -73,7 +73,8 @@ def _measure(
     scanned = scan_zoo.record_of(report, card, zoo, case, shared + scanning, memory)
     _write_new(scan_to, scanned)
     repaired = repair_zoo.record_of(result, card, zoo, "repair", seed, case.clean, shared + repairing, memory)
-    _write_new(repair_to, repaired | {"seconds_with_scan": round(shared + scanning + repairing, 1)})
+    both = {"scan_seconds": scanned["seconds"], "seconds": round(shared + scanning + repairing, 1)}
+    _write_new(repair_to, repaired | {"with_scan": both})
     if samples_to is not None and card.attack != CLEAN and not samples_to.exists():
         judges = {"repaired": [result.model] if result.changed else []}
         sample_zoo.add_to(samples_to, sample_zoo.record_of(card, zoo, case, [REPAIR_SHIFT], judges))
