@@ -45,6 +45,7 @@ def time_repairs(model: nn.Module, attack: Attack, clean: CleanSet, pairs: int) 
 
 
 def time_scan(model: nn.Module, clean: CleanSet) -> dict[str, Any]:
+    """Seconds of one scan, and its verdict."""
     started = time.perf_counter()
     report = db.scan(model, clean)
     return {"seconds": time.perf_counter() - started, "verdict": report.verdict, "commit": commit()}

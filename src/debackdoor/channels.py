@@ -81,6 +81,11 @@ def find_channels(model: nn.Module, example: Tensor) -> tuple[MaskableLayer, ...
     return layers
 
 
+def norms_or_all(layers: Sequence[MaskableLayer]) -> tuple[MaskableLayer, ...]:
+    """The normalisation layers, which ANP and RNP mask as published; all ``layers`` where there are none."""
+    return tuple(layer for layer in layers if layer.kind == "norm") or tuple(layers)
+
+
 def count_channels(layers: Sequence[MaskableLayer]) -> int:
     """How many channels ``layers`` have: the length of a flat mask."""
     return sum(layer.size for layer in layers)

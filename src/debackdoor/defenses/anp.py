@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debackdoor.channels import MaskableLayer, count_channels, find_channels, masked_call
+from debackdoor.channels import MaskableLayer, count_channels, find_channels, masked_call, norms_or_all
 from debackdoor.data import split_clean
 from debackdoor.data.augment import random_shift
 from debackdoor.defenses.base import Defense
@@ -87,8 +87,7 @@ class ANP(Defense):
         model = copied(model).eval()
         fixed = self.threshold is not None
         fit, holdout = (clean, clean) if fixed else split_clean(clean, self.holdout, self.seed)
-        layers = find_channels(model, fit.x[:2])
-        layers, _ = scales_and_shifts(tuple(layer for layer in layers if layer.kind == "norm") or layers, model)
+        layers, _ = scales_and_shifts(norms_or_all(find_channels(model, fit.x[:2])), model)
         mask, history = self.learn(model, layers, fit, progress=progress)
         levels = below_levels(
             rank(layers, mask, ties=mask), THRESHOLDS if self.threshold is None else (self.threshold,)

@@ -99,10 +99,10 @@ class Batch:
         for row in range(len(self.triggered_y)):
             emptiest = min(range(number), key=lambda part: 2 * len(pairs[part]) + len(singles[part]))
             singles[emptiest].append(row)
-        return [self._part(*map(torch.tensor, chosen)) for chosen in zip(pairs, singles, strict=True)]
+        chosen = ([torch.tensor(rows, dtype=torch.int64) for rows in part] for part in zip(pairs, singles, strict=True))
+        return [self._part(*part) for part in chosen]
 
     def _part(self, pairs: Tensor, singles: Tensor) -> Batch:
-        pairs, singles = pairs.long(), singles.long()  # an empty one is of floats
         rows = torch.cat([pairs, len(self.y) + pairs, 2 * len(self.y) + singles])
         trigger = self.trigger[singles[singles < len(self.trigger)]]
         rows, pairs, singles = (sent(index, self.seen.device) for index in (rows, pairs, singles))

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import nn
 
-from debackdoor.channels import MaskableLayer, find_channels
+from debackdoor.channels import MaskableLayer, find_channels, norms_or_all
 from debackdoor.data import split_clean
 from debackdoor.defenses.base import Defense
 from debackdoor.errors import check_fraction
@@ -104,7 +104,7 @@ class RNP(Defense):
         """Stages 1 and 2, and the ranking they give."""
         layers = find_channels(model, fit.x[:2])
         if self.threshold is not None:
-            layers = tuple(layer for layer in layers if layer.kind == "norm") or layers
+            layers = norms_or_all(layers)
         unlearned = unlearn(model, fit, self.unlearning, seed=self.seed, precision=self.precision, progress=progress)
         recovered = recover(
             unlearned.model, layers, fit, self.recovery, seed=self.seed, precision=self.precision, progress=progress
