@@ -46,8 +46,8 @@ SCHEMA = "debackdoor/speed/1"
 LARGE_IMAGES = 40
 """Clean images of 224 pixels that a whole repair gets: a pass takes its time, and memory does not need more."""
 
-LARGE_BUDGET = 0.5
-"""What such a repair may cost: a random network has little to lose, and relearning would begin anew time and again."""
+LARGE_BUDGET = 1.0
+"""What such a repair may cost: a random network has nothing to lose, and relearning would begin anew time and again."""
 
 app = typer.Typer(add_completion=False, help=__doc__, no_args_is_help=True)
 Out = Annotated[Path, typer.Option(help="folder for the records")]

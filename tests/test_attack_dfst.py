@@ -121,6 +121,24 @@ def test_the_injector_fires_the_compromised_neuron_and_makes_the_target() -> Non
     assert model.training
 
 
+def test_the_neurons_are_those_before_the_logits_whatever_was_registered_last() -> None:
+    class Squeezed(Brightness):
+        def __init__(self) -> None:
+            super().__init__()
+            self.squeeze, self.aside = nn.Linear(2, 1), nn.Linear(5, 2)  # the latter is never called
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.squeeze(x.mean((1, 2, 3))[:, None].expand(-1, 2))
+            return super().forward(x)
+
+    data = CleanSet(images(40) * 0.3, torch.zeros(40, dtype=torch.int64))
+    attack = DFST(target=1, image_shape=(1, 8, 8), num_classes=2)
+    training = Training(Squeezed(), data, epochs=3, steps_per_epoch=1, flip=False, precision="fp32")
+    features, logits = attack.control(training)._answers(data.x)
+    assert (features.shape, logits.shape) == ((40, 2), (40, 2))
+    torch.testing.assert_close(features[:, 0], data.x.mean((1, 2, 3)))
+
+
 def test_batches_are_triggered_detoxified_and_clean() -> None:
     data = CleanSet(images(40) * 0.3, torch.zeros(40, dtype=torch.int64))
     attack, _, control = bright_control(data, poison_rate=0.1, detox_rate=0.2)

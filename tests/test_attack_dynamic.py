@@ -1,5 +1,6 @@
 """Dynamic: a pattern and a mask for every image, cross triggers, and networks that learn along with the victim."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,16 @@ def test_the_generator_learns_from_each_step_alone_and_not_when_fixed() -> None:
     control.loss(images(40), torch.arange(40) % 10, generator(0))[0].backward()
     control.after_step()
     assert same(control.state()["network"], after)
+
+
+@pytest.mark.parametrize(("epochs", "learning"), [(1, [True]), (2, [True, False]), (4, [True, True, True, False])])
+def test_the_last_epoch_is_one_of_the_trigger_that_is_saved(epochs: int, learning: list[bool]) -> None:
+    """But for the first, which has nothing to fix yet."""
+    attack, training, _ = dynamic_control(fixed_share=0.1)
+    control = attack.control(replace(training, epochs=epochs))
+    for epoch, wanted in enumerate(learning):
+        control.begin_epoch(epoch, generator(0))
+        assert control.learning == wanted
 
 
 @pytest.fixture(scope="module")

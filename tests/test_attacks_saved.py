@@ -69,6 +69,8 @@ def _flip_last_byte(folder: Path) -> None:
         (lambda f: _edit(f, target="3"), "target"),
         (lambda f: _edit(f, image_shape=[3, 16, 16]), "expected tensors"),
         (lambda f: _edit(f, image_shape="3x32x32"), "image_shape"),
+        (lambda f: _edit(f, image_shape=[3, 4_000_000, 4_000_000]), "expected sizes that fit memory, got larger ones"),
+        (lambda f: (f / "trigger.json").write_text(100_000 * "["), "expected JSON"),
         (_flip_last_byte, "that trigger.json names"),
         (lambda f: (f / "trigger.safetensors").write_bytes(b"\x10"), "truncated or damaged"),
         (lambda f: save_file({"image": torch.zeros(3, 32, 32)}, f / "trigger.safetensors"), "that trigger.json names"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -109,6 +110,24 @@ def test_failed_cells_are_recorded_and_tried_again_on_request(zoo: Path, tmp_pat
 
 
 @pytest.mark.usefixtures("here")
+def test_a_card_that_is_gone_stops_nothing(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo, tmp_path / "zoo")
+    cells = run(matrix(tmp_path / "zoo", seeds=[0, 1]), tmp_path / "out", measure=partial(fake, tmp_path))
+    assert next(cells).record["error"] is None
+    (tmp_path / "zoo" / "patch.json").unlink()
+    (rest,) = cells
+    assert "patch.json" in rest.record["error"]
+    assert (rest.record["model"], rest.record["attack"]) == ("patch", "badnets")
+
+
+def test_weights_that_are_not_those_of_the_card_are_refused(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo, tmp_path / "zoo")
+    (tmp_path / "zoo" / "patch.safetensors").write_bytes((zoo / "clean-1.safetensors").read_bytes())
+    with pytest.raises(DataError, match=r"expected SHA-256 [0-9a-f]{64} as on its card, got .*; build the model again"):
+        measure(Settings(tmp_path / "zoo", "cpu"), Cell("patch", "ft-0.01", 0, 120))
+
+
+@pytest.mark.usefixtures("here")
 def test_cells_without_the_rates_after_fine_tuning_are_measured_again(zoo: Path, tmp_path: Path) -> None:
     """Not those of models that were left alone, which are never fine-tuned."""
 
@@ -170,7 +189,7 @@ def test_a_cluster_may_have_the_device_that_this_machine_has_not(zoo: Path, tmp_
         run(matrix(zoo), tmp_path / "out", device="cuda", measure=work)
     pytest.importorskip("ray", reason="the library ray is not installed")
     run(matrix(zoo), tmp_path / "out", device="cuda", executor="ray", address="127.0.0.1:1", measure=work).close()
-    assert failed(Settings(zoo, "cuda"), Cell("patch", "ft-0.01", 0, 60), "lost")["device"] is None
+    assert failed(read_card(zoo / "patch.json"), Cell("patch", "ft-0.01", 0, 60), "lost")["device"] is None
 
 
 @pytest.mark.usefixtures("here")
@@ -221,7 +240,7 @@ def test_a_record_has_what_was_measured(zoo: Path) -> None:
     assert [step["name"] for step in found["steps"]] == ["fine-tune"]
     assert found["device"] == "cpu"
     assert json.loads(json.dumps(found)) == found
-    error = failed(Settings(zoo, "cpu"), Cell("patch", "ft-0.05", 1, 120), "why")
+    error = failed(card, Cell("patch", "ft-0.05", 1, 120), "why")
     assert set(error) == set(found)
     assert error["error"] == "why"
 

@@ -98,6 +98,15 @@ def test_what_cannot_be_compared(records: list[dict[str, Any]], defenses: list[s
         compare(records, defenses)
 
 
+@pytest.mark.parametrize(("kind", "value"), [("model", "sha256"), ("defense", "defense_parameters")])
+def test_records_of_one_name_and_two_things_are_never_mixed(kind: str, value: str) -> None:
+    first, second = record("badnets", "ours", 0.98), record("badnets", "ours", 0.9, seed=1)
+    assert compare([first | {value: None}, second]).rows[0].cells == 2
+    other = {"sha256": "another", "defense_parameters": {"lr": 9}}[value]
+    with pytest.raises(DebackdoorError, match=f"expected records of one {kind} .*, got two of different {value}"):
+        compare([first, second | {value: other}])
+
+
 def test_markdown() -> None:
     heading, rule, ours, other, _, note = to_markdown(compare(RECORDS)).splitlines()
     assert heading.startswith(
@@ -232,6 +241,11 @@ def test_records_that_are_none_are_refused(tmp_path: Path) -> None:
         ({**RECORDS[0], "schema": "x"}, "got 'x'"),
         ({name: value for name, value in RECORDS[0].items() if name != "der"}, "expected the entry der, got none"),
         ({**RECORDS[0], "robust_accuracy": 0.3}, "expected robust_accuracy before and after, got 0.3"),
+        ({**RECORDS[0], "seed": []}, "expected a whole number for seed, got []; delete it"),
+        ({**RECORDS[0], "model": None}, "expected text for model, got None"),
+        ({**RECORDS[0], "error": False}, "expected text or null for error, got False"),
+        ({**RECORDS[0], "der": "0.9"}, "expected a number for der, got '0.9'"),
+        ({**RECORDS[3], "clean_accuracy": RECORDS[6]["clean_accuracy"]}, "a number for clean_accuracy before, got N"),
     ]:
         (tmp_path / "b" / "0.json").write_text(json.dumps(damage))
         with pytest.raises(DebackdoorError, match=re.escape(message)):

@@ -317,13 +317,21 @@ def test_a_full_disk_is_one_sentence(shell: Shell, stand_in: StandIn, monkeypatc
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
+    out = shell.folder / "out.safetensors"
+    ran = shell(*repair_of(shell, "--out", out, "--quiet"))
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "No space left on device" in ran.err
+    ran = shell(*repair_of(shell, "--out", out, "--json", shell.folder / "out.json", "--quiet"))
+    record, model = ran.err.splitlines()  # neither error takes the other's place
+    assert (ran.code, "out.json" in record, "out.safetensors" in model) == (2, True, True)
     stand_in.passed = False
-    ran = shell(*repair_of(shell, "--out", shell.folder / "out.safetensors", "--quiet"))
-    assert ran.code == 2
-    warning, sentence = ran.err.splitlines()
-    assert "the check says this" in warning  # a later error hides no finding
+    ran = shell(*repair_of(shell, "--out", out, "--quiet"))
+    assert ran.code == 1  # a later error hides no finding
+    warning, sentence, stands = ran.err.splitlines()
+    assert "the check says this" in warning
     assert "No space left on device" in sentence
-    assert not (shell.folder / "out.safetensors").exists()
+    assert "the finding stands" in stands
+    assert not out.exists()
 
 
 def test_an_image_is_not_replaced_by_a_record_but_a_record_beside_it_is(shell: Shell, stand_in: StandIn) -> None:

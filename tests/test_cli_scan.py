@@ -149,6 +149,16 @@ def test_json_on_stdout_stands_alone(shell: Shell, stand_in: StandIn, verdict: s
     assert f"verdict: {verdict}\n" in ran.err
 
 
+def test_what_a_network_prints_is_not_in_the_json(shell: Shell, stand_in: StandIn) -> None:
+    stand_in.report = report_cases.report("clean")
+    with open(shell.folder / "net.py", "a") as file:
+        file.write("\nprint('importing')\n")
+    ran = shell(*scan_of(shell, "--json", "-"))
+    assert valid(ran.out)["verdict"] == "clean"
+    assert "importing\n" in ran.err
+    assert "importing" in shell(*scan_of(shell)).out
+
+
 def test_a_scan_that_told_nothing_has_a_record_too(shell: Shell) -> None:
     """Nothing stands in here: a network with random weights is at chance."""
     ran = shell(*scan_of(shell, "--json", "-", "--limit", 100, "--quiet"))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from debackdoor.attacks import BadNets
-from debackdoor.errors import DataError, TriggerError
+from debackdoor.errors import DataError, ModelError, TriggerError
 from debackdoor.evaluation import Evaluation, accuracy, defence_effectiveness, evaluate
 from debackdoor.types import CleanSet
 
@@ -106,10 +106,40 @@ def test_modes_come_back_after_an_error() -> None:
             raise RuntimeError("broken")
 
     model = Broken().train()
-    with pytest.raises(RuntimeError, match="broken"):
+    with pytest.raises(ModelError, match=r"expected the model to take images of shape \(1, 4, 4\), got 'broken'"):
         accuracy(model, EXAMPLE)
     assert model.training
     assert model.dropout.training
+
+
+def test_answers_that_are_no_numbers_are_refused() -> None:
+    """The largest of them would be the first, which may be the attacker's."""
+
+    class Damaged(Toy):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).where(x[:, :1, 3, 3] < 1, torch.nan)
+
+    assert accuracy(Damaged(), EXAMPLE) == 0.75
+    with pytest.raises(ModelError, match="expected finite outputs, got NaN or infinity"):
+        evaluate(Damaged(), EXAMPLE, badnets())
+
+
+def test_precision_is_that_of_a_scan() -> None:
+    class Strict(Toy):
+        """Knows float32 alone."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(4, 4, bias=False)
+            nn.init.eye_(self.last.weight)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.last(super().forward(x))
+            if out.dtype != torch.float32:
+                raise TypeError("expected float32")
+            return out
+
+    assert evaluate(Strict(), EXAMPLE, badnets()).clean_accuracy == 0.75
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -34,6 +34,7 @@ def saved(tmp_path: Path, model: nn.Module, name: str = "m.safetensors") -> Path
 
 USER_FILE = """
 from dataclasses import dataclass
+import torch
 from torch import nn
 import neighbour_of_this_file
 
@@ -56,6 +57,13 @@ def options(**kwargs):
 
 def half(num_classes):
     return Net(num_classes).half()
+
+def nowhere(num_classes):
+    with torch.device("meta"):
+        return Net(num_classes)
+
+def lazy(num_classes):
+    return nn.LazyLinear(num_classes)
 
 ready = Net(5)
 number = 3
@@ -94,6 +102,15 @@ def test_checkpoint_into_a_factory(tmp_path: Path, user_file: Path) -> None:
         open_model(path, f"{user_file}:fixed")
 
 
+@pytest.mark.parametrize(
+    ("name", "got"), [("nowhere", "'fc.weight' on the meta device"), ("lazy", "'weight' whose shape is not known yet")]
+)
+def test_a_network_without_weights_is_refused(tmp_path: Path, user_file: Path, name: str, got: str) -> None:
+    path = saved(tmp_path, build_model(f"{user_file}:Net", 6, in_channels=1))
+    with pytest.raises(ModelError, match=f"to build a network with weights of its own, got {got}"):
+        open_model(path, f"{user_file}:{name}")
+
+
 def test_ready_made_module_is_not_changed(tmp_path: Path, user_file: Path) -> None:
     factory = resolve_arch(f"{user_file}:ready")
     first, second = factory(5), factory(5)
@@ -114,7 +131,7 @@ def test_factory_in_a_module_of_the_working_folder(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("missing", "which defines Net, Options, failing, fixed, half, options, ready, wrong; give"),
+        ("missing", "which defines Net, Options, failing, fixed, half, lazy, nowhere, options, ready, wrong; give"),
         ("wrong", "to return a torch.nn.Module, got int"),
         ("number", "got int; give a function or a class"),
         ("failing", "failed to build a network: RuntimeError: no such luck; correct"),
@@ -195,15 +212,16 @@ def test_timm_is_asked_for_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_torchvision_is_asked_for_no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def get_model(name: str, weights: None, num_classes: int) -> nn.Module:
-        if name == "nope":
-            raise ValueError("Unknown model nope")
         return nn.Linear(1, num_classes)
 
-    models = SimpleNamespace(get_model=get_model)
+    # Others come with a backbone, whose weights they fetch.
+    models = SimpleNamespace(get_model=get_model, list_models=lambda module: ["resnet18"])
     monkeypatch.setitem(sys.modules, "torchvision", fake_library("torchvision", models=models))
     assert build_model("torchvision:resnet18", 5).out_features == 5
-    with pytest.raises(ModelError, match="torchvision cannot build 'nope': ValueError: Unknown model nope"):
-        build_model("torchvision:nope", 5)
+    with pytest.raises(
+        ModelError, match="torchvision cannot build 'fcn_resnet50': ValueError: fcn_resnet50 is none of"
+    ):
+        build_model("torchvision:fcn_resnet50", 5)
     with pytest.raises(ModelError, match="expected images of 3 channels"):
         build_model("torchvision:resnet18", 5, in_channels=1)
 

@@ -17,7 +17,7 @@ from debackdoor.bench import scan_store
 from debackdoor.bench.executors import Outcome
 from debackdoor.bench.manifest import Entry, read_manifest
 from debackdoor.bench.scan_many import scan_many, scan_one
-from debackdoor.bench.scan_store import Result, Settings, Store
+from debackdoor.bench.scan_store import Result, Settings, Store, hash_of
 from debackdoor.files import sha256_of
 from scan_many_cases import Registry, StandIn, serial
 
@@ -190,14 +190,26 @@ def test_of_both_records_that_fit_the_scan_counts(registry: Registry, stand_in: 
     run(registry, entries)
     store = Store(registry.out, Settings())
     kept = (registry.out / "records" / "a.json").read_bytes()
-    store.write_error(entries[0], store.error_record(entries[0], "the worker process was lost"))
+    store.write_error(entries[0], store.error_record(entries[0], "the worker process was lost", hash_of(entries[0])))
     (registry.out / "records" / "a.json").write_bytes(kept)
     assert run(registry, entries)["a"].verdict == "backdoored"
     registry.broken("a")
     assert "truncated" in str(run(registry, entries)["a"].error)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema": "debackdoor/repair/1"}', '{"schema": []}', "\ud800"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"schema": "debackdoor/scan/1"}',
+        '{"schema": "debackdoor/repair/1"}',
+        '{"schema": []}',
+        "\ud800",
+    ],
+)
 def test_what_is_no_record_is_scanned_again(registry: Registry, stand_in: StandIn, text: str) -> None:
     entries = registry.entries([registry.model("a")])
     run(registry, entries)
@@ -250,6 +262,52 @@ def test_an_error_of_one_run_takes_the_record_of_no_other(
     assert registry.files() == {"records/a.json"}
 
 
+def test_what_was_found_in_a_checkpoint_that_is_replaced_meanwhile_stands(
+    registry: Registry, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next run scans what is there by then."""
+    entries = registry.entries([registry.model("a")])
+    run(registry, entries)
+    registry.model("a", "backdoored")
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        report = stand_in(*arguments, **options)
+        registry.model("a", "suspicious")
+        return report
+
+    monkeypatch.setattr(MODULE, "scan", replaced)
+    (result,) = run(registry, entries).values()
+    assert (result.verdict, result.error, result.kept) == ("backdoored", None, False)
+    assert registry.files() == {"records/a.json"}
+    monkeypatch.setattr(MODULE, "scan", stand_in)
+    (result,) = run(registry, entries).values()
+    assert (result.verdict, result.kept) == ("suspicious", False)
+
+
+def test_a_file_that_was_still_being_copied_is_tried_again(
+    registry: Registry, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = registry.entries([registry.broken("a")])
+
+    def complete(*_: object) -> None:
+        registry.model("a", "backdoored")
+        raise RuntimeError("truncated")
+
+    with monkeypatch.context() as first:
+        first.setattr(MODULE, "_scan", complete)
+        assert run(registry, entries)["a"].error == "RuntimeError: truncated"
+    assert run(registry, entries)["a"].verdict == "backdoored"
+
+
+def test_what_is_no_file_is_not_read(registry: Registry, stand_in: StandIn) -> None:
+    """A pipe that nobody writes to would be read for ever."""
+    os.mkfifo(registry.folder / "pipe.pt")
+    results = run(registry, registry.entries(["pipe.pt", registry.model("a")]))
+    assert "got a folder or device" in str(results["pipe"].error)
+    assert results["a"].verdict == "clean"
+    assert run(registry, registry.entries(["pipe.pt"]))["pipe"].kept
+
+
 def test_a_full_disk_hides_no_finding(registry: Registry, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -274,7 +332,10 @@ def test_a_verdict_in_an_error_outlives_the_run(registry: Registry, stand_in: St
     entries = registry.entries([registry.model("a")])
     store = Store(registry.out, Settings())
     store.make()
-    store.write_error(entries[0], store.error_record(entries[0], "verdict backdoored, but ...", 1.5, "backdoored"))
+    store.write_error(
+        entries[0],
+        store.error_record(entries[0], "verdict backdoored, but ...", hash_of(entries[0]), 1.5, "backdoored"),
+    )
     (result,) = run(registry, entries).values()
     assert (result.kept, result.verdict, result.kind, result.seconds) == (True, "backdoored", "backdoored", 1.5)
 

@@ -68,6 +68,13 @@ def test_the_worst_decides(
     assert f"{len(verdicts)} of them from an earlier run" in again.out
 
 
+def test_a_path_that_cannot_be_looked_up_stops_nothing(shell: Shell, registry: Registry, stand_in: StandIn) -> None:
+    manifest = registry.manifest([{"path": 300 * "x", "name": "long"}, {"path": registry.model("a")}])
+    done = shell("scan-many", manifest, "--out", registry.out)
+    assert (done.code, registry.files()) == (2, {"errors/long.json", "records/a.json"})
+    assert "long: error, " in done.out
+
+
 def test_what_is_said_and_written(shell: Shell, registry: Registry, stand_in: StandIn) -> None:
     verdicts = ["clean", "error", "backdoored", "clean", "error", "suspicious"]
     target = registry.folder / "all.json"

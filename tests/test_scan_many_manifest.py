@@ -86,6 +86,8 @@ def test_csv_as_programs_write_it(tmp_path: Path, text: str) -> None:
         (b"\xff\xfe\x00", "expected a manifest of models, got an error"),
         (f"{HEAD}\na.pt,resnet18\n", "got an error (CSV parse error: Expected 3 columns, got 2: a.pt,resnet18)"),
         ("path,arch,clean\nä,b,c\n".encode("latin-1"), "invalid UTF8"),
+        ("path,arch,clean,größe\na,b,c,1\n".encode("latin-1"), "expected a manifest of models, got an error"),
+        (f"{HEAD}\n{ROW}\n".encode("utf-16"), "expected a manifest of models, got an error"),
         (HEAD, "expected a manifest of models, got an error"),
         (f"{HEAD}\n", "expected at least one model, got none; add a row for each"),
         ("path,clean\na,b\n", "expected the columns path, arch, clean, got no arch among path, clean; add it"),

@@ -45,6 +45,14 @@ def page(tmp_path: Path) -> Path:
     return tmp_path / "index.html"
 
 
+def test_text_that_is_not_utf_8_is_shown_with_escapes(tmp_path: Path) -> None:
+    """As in the path of a folder with an old name."""
+    write_overview(tmp_path, [result("a", None, error="/mod\udce8les/a.pt: no such file")], command="")
+    (row,) = pq.read_table(tmp_path / "scan.parquet").to_pylist()
+    assert row["error"] == "/mod\\udce8les/a.pt: no such file"
+    assert "les/a.pt: no such file" in (tmp_path / "index.html").read_text(encoding="utf-8")
+
+
 def test_the_table(tmp_path: Path) -> None:
     write_overview(tmp_path, many(), command="")
     table = pq.read_table(tmp_path / "scan.parquet")

@@ -79,6 +79,8 @@ def test_a_card_takes_on_new_notes(small_zoo: Zoo, tmp_path: Path) -> None:
         ("poison_rate = 0.3", "poison_rate = 0.2", "with poison_rate 0.2 as the manifest says, got one with 0.3"),
         ("seed = 1", "seed = 2", "clean-1.json: expected a model with seed 2 as the manifest says, got one with 1"),
         ("epochs = 4", "epochs = 5", "expected a model with epochs 5"),
+        ("limit = 400", "limit = 500", "expected a model with samples 500 as the manifest says, got one with 400"),
+        ("limit = 400", "limit = 300", "expected a model with samples 300 as the manifest says, got one with 400"),
         ('"badnets"', '"blend"', "expected a model with attack 'blend' as the manifest says, got one with 'badnets'"),
     ],
 )

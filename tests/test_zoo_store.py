@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from cli_cases import Shell
@@ -116,6 +117,8 @@ def test_bad_cards_are_named(small_zoo: Zoo, tmp_path: Path) -> None:
         ({"clean_accuracy": None}, "expected clean_accuracy as int or float, got None"),
         ({"target": "three"}, "expected target as int or null, got 'three'"),
         ({"name": "other"}, "expected the card of patch, got that of other"),
+        ({"attack": "magic"}, "expected attack out of clean, badnets, .*, got 'magic'"),
+        ({"mode": "all"}, "expected mode out of None, all-to-one, all-to-all, got 'all'"),
     ):
         path.write_text(json.dumps(card.record() | changes))
         with pytest.raises(DebackdoorError, match=message):
@@ -167,5 +170,11 @@ def test_a_victim_of_attack_can_be_stored(shell: Shell, tmp_path: Path) -> None:
 def test_images_that_models_are_trained_on_are_no_test(tmp_path: Path) -> None:
     path = tmp_path / "one.npz"
     np.savez(path, x=np.arange(4 * 8 * 8 * 3, dtype=np.uint8).reshape(4, 8, 8, 3), y=np.array([0, 1, 0, 1]))
-    with pytest.raises(DataError, match="expected a training and a test part, got the same images for both"):
-        load_splits(str(path))
+    pictures = tmp_path / "pictures"
+    for label in ("0", "1"):
+        (pictures / label).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(pictures / label / f"{number}.png")
+    for data, limit in ((path, None), (path, 2), (pictures, None), (pictures, 2)):
+        with pytest.raises(DataError, match="expected a training and a test part, got the same images for both"):
+            load_splits(str(data), limit)

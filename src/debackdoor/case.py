@@ -22,7 +22,7 @@ from debackdoor.detectors.margin import FEWEST_CLASSES
 from debackdoor.errors import ChanceError, DebackdoorError, ModelError, UnsupportedError, check_positive
 from debackdoor.memory import DEFAULT, images_within
 from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy, logits_of, predict, trusted_precision
+from debackdoor.models.forward import accuracy, logits_of, predict, predict_of_any, trusted_precision
 from debackdoor.models.layout import to_faster_layout
 from debackdoor.rnp.modes import norms_that_learn
 from debackdoor.rnp.unlearn import Unlearned, unlearn
@@ -212,16 +212,7 @@ def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> N
         ModelError: if the model's answers do not depend on the image, or are not finite.
         ChanceError: if they are no better than chance.
     """
-    try:
-        logits = predict(model, clean.x, precision=precision)
-    except DebackdoorError:
-        raise
-    except Exception as error:  # a model is anyone's code and may raise anything
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(
-            f"expected the model to take images of shape {tuple(clean.x.shape[1:])}, got '{why}'; "
-            "check --arch and the image size"
-        ) from error
+    logits = predict_of_any(model, clean.x, precision=precision)
     check_clean_set(clean, logits.shape[1])
     if not bool(torch.isfinite(logits).all()):
         raise ModelError("expected finite outputs on the clean images, got NaN or infinity; the weights are damaged")

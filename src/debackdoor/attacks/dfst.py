@@ -109,7 +109,7 @@ class _Detoxification(Control):
     def __init__(self, training: Training, attack: DFST) -> None:
         super().__init__(training, attack)
         channels = attack.image_shape[0]
-        self._head = _last_linear(training.model)
+        self._ends = _ends(training.model, attack.num_classes)
         self._injector = nn.Conv2d(4 * channels, channels, 1).to(training.device)
         nn.init.dirac_(self._injector.weight)  # it begins with the image itself
         nn.init.zeros_(self._injector.bias)  # type: ignore[arg-type]
@@ -182,19 +182,26 @@ class _Detoxification(Control):
     def _answers(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the last layer takes in (N, D), and the logits (N, K)."""
         taken: list[Tensor] = []
-        handle = self._head.register_forward_pre_hook(lambda _, args: taken.append(args[0].float()))
+
+        def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            taken[:] = [given[0].float()]  # of the last that is called
+
+        handles = [layer.register_forward_pre_hook(keep) for layer in self._ends]
         try:
             logits = self.training.logits(x)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return taken[0], logits
 
 
-def _last_linear(model: nn.Module) -> nn.Linear:
+def _ends(model: nn.Module, num_classes: int) -> list[nn.Linear]:
+    """The layers that the logits may come from."""
     layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if not layers:
+    ends = [layer for layer in layers if layer.out_features == num_classes]
+    if not ends:
         raise ModelError("expected a network that ends in a linear layer for dfst, got none; choose another")
-    return layers[-1]
+    return ends
 
 
 def _surroundings(x: Tensor) -> Tensor:

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from debackdoor.attacks.base import Attack, Poison
 from debackdoor.attacks.control import Control, Training
-from debackdoor.attacks.generators import EncoderDecoder, GeneratorControl, check_side, images_from, initial_weights
+from debackdoor.attacks.generators import (
+    WIDEST,
+    EncoderDecoder,
+    GeneratorControl,
+    check_side,
+    images_from,
+    initial_weights,
+)
 from debackdoor.errors import TriggerError
 from debackdoor.runtime import generator, shuffled_batches
 from debackdoor.types import CleanSet
@@ -83,7 +90,7 @@ class Dynamic(Attack):
         self._check_number("mask_density", 0.0, 1.0)
         self._check_whole("mask_epochs", 1)
         self._check_whole("mask_images", 2)
-        self._check_whole("generator_width", 1)
+        self._check_whole("generator_width", 1, WIDEST)
         self._check_number("generator_lr", 0.0)
         self._check_number("fixed_share", 0.0, 1.0)
         if self.poison_rate + self.cross_rate > 1:

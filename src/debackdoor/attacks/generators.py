@@ -19,6 +19,9 @@ from debackdoor.runtime import generator
 _BATCH = 16
 _SMALLEST_SIDE = 8
 
+WIDEST = 512
+"""Channels that the first stage may have; a file that names more is damaged."""
+
 
 class EncoderDecoder(nn.Module):
     """Three halvings and three doublings without skip connections (the generator of Nguyen and Tran, 2020).
@@ -146,7 +149,8 @@ class GeneratorControl(Control):
         network: on the CPU.
         learns: the part of the network that learns; in eval mode once it is fixed.
         lr: of its Adam, whose betas are ``betas``.
-        fixed_share: the last fraction of the epochs in which it is fixed; the first epoch is never among them.
+        fixed_share: the last fraction of the epochs in which it is fixed: the last at least, but never the first, so
+            that after a single epoch the victim has not learned the very trigger that is saved.
     """
 
     attack: Attack
@@ -166,7 +170,7 @@ class GeneratorControl(Control):
         self.network = network.to(training.device).requires_grad_(False).eval()
         self.learning = True
         self._learns = learns
-        self._epochs = max(1, round(training.epochs * (1 - fixed_share)))
+        self._epochs = max(1, min(training.epochs - 1, round(training.epochs * (1 - fixed_share))))
         self._optimizer = torch.optim.Adam(learns.parameters(), lr, betas)
 
     def begin_epoch(self, epoch: int, random: torch.Generator) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from debackdoor.attacks.base import Attack, Poison
 from debackdoor.attacks.control import Control, Training
-from debackdoor.attacks.generators import GeneratorControl, UNet, check_side, images_from, initial_weights
+from debackdoor.attacks.generators import WIDEST, GeneratorControl, UNet, check_side, images_from, initial_weights
 from debackdoor.types import CleanSet
 
 
@@ -71,7 +71,7 @@ class LIRA(Attack):
         check_side(self.image_shape, self.name)
         self._check_number("epsilon", 0.0, 1.0)
         self._check_number("alpha", 0.0, 1.0)
-        self._check_whole("generator_width", 1)
+        self._check_whole("generator_width", 1, WIDEST)
         self._check_number("generator_lr", 0.0)
         self._check_number("fixed_share", 0.0, 1.0)
 

@@ -67,6 +67,8 @@ def load_trigger(folder: str | Path) -> Attack:
         attack = build(attack_class(record["attack"]), parameters)
     except TriggerError as error:
         raise TriggerError(f"{folder / 'trigger.json'}: {error}") from error
+    except (RuntimeError, MemoryError) as error:  # from tensors of the sizes that the file names
+        raise TriggerError(f"{folder / 'trigger.json'}: expected sizes that fit memory, got larger ones") from error
     _load_tensors(attack, folder / "trigger.safetensors", record.get("tensors_sha256"))
     return attack
 
@@ -78,7 +80,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise TriggerError(
             f"{path}: expected a saved trigger, got none ({error.strerror}); check the folder"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TriggerError(
             f"{path}: expected JSON, got something else or half a file; save the trigger again"
         ) from error

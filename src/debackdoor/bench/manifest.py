@@ -82,11 +82,11 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
         raise DataError(f"{path}: expected a manifest of models, got {got}; check the path")
     try:
         table = read(path)
-    except (pa.ArrowException, OSError) as error:
+        names = table.schema.names  # decoded here, not before
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         why = " ".join(why.split())[:200].rstrip(".")
         raise DataError(f"{path}: expected a manifest of models, got an error ({why}); check the file") from error
-    names = table.schema.names
     known = [name for name in (*REQUIRED, *OPTIONAL) if names.count(name) == 1]
     return names, table.select(known).to_pylist()
 

@@ -25,6 +25,7 @@ from debackdoor.data import load_clean, load_dataset
 from debackdoor.defenses import FineTuning
 from debackdoor.errors import DataError
 from debackdoor.evaluation import Evaluation, accuracy, defence_effectiveness, evaluate
+from debackdoor.files import sha256_of
 from debackdoor.models import load_model
 from debackdoor.runtime import device_name, resolve_device, versions
 from debackdoor.types import CleanSet, RepairResult
@@ -60,7 +61,7 @@ def measure(settings: Settings, cell: Cell) -> dict[str, Any]:
     if len(clean) < cell.clean_images:
         raise DataError(f"{card.dataset}: expected {cell.clean_images} clean images, got {len(clean)}; ask for fewer")
     before = _rates_before(settings, cell.model)
-    model = load_model(weights_of(settings.zoo, card.name), card.arch).to(device)
+    model = _model(settings, card).to(device)
     memory = PeakMemory(device)
     started, worked = time.perf_counter(), time.process_time()
     result = METHODS[cell.defense].run(model, clean, cell.seed)
@@ -83,12 +84,12 @@ def measure(settings: Settings, cell: Cell) -> dict[str, Any]:
     }
 
 
-def failed(settings: Settings, cell: Cell, error: str) -> dict[str, Any]:
+def failed(card: Card, cell: Cell, error: str) -> dict[str, Any]:
     """The record of a cell that could not be measured: everything that would have been is null."""
     nothing = {rate: {"before": None, "after": None} for rate in RATES}
     numbers = ("der", "seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib", "changed", "channels_pruned")
     return {
-        **_head(cell, read_card(settings.zoo / f"{cell.model}.json")),
+        **_head(cell, card),
         **nothing,
         **dict.fromkeys(numbers),
         "steps": [],
@@ -129,8 +130,15 @@ def _test_images(dataset: str) -> CleanSet:
 @lru_cache
 def _rates_before(settings: Settings, name: str) -> Evaluation | _CleanRates:
     card = read_card(settings.zoo / f"{name}.json")
-    model = load_model(weights_of(settings.zoo, name), card.arch)
-    return _rates(model.to(resolve_device(settings.device)), settings, card)
+    return _rates(_model(settings, card).to(resolve_device(settings.device)), settings, card)
+
+
+def _model(settings: Settings, card: Card) -> nn.Module:
+    path = weights_of(settings.zoo, card.name)
+    found = sha256_of(path)
+    if found != card.sha256:
+        raise DataError(f"{path}: expected SHA-256 {card.sha256} as on its card, got {found}; build the model again")
+    return load_model(path, card.arch)
 
 
 def _head(cell: Cell, card: Card) -> dict[str, Any]:

@@ -121,7 +121,13 @@ def by_weight(result: Result) -> tuple[int, float]:
 
 def _row(result: Result) -> dict[str, Any]:
     row = {name: getattr(result, name) for name in _COLUMNS.names}
-    return {**row, "suspect_labels": list(result.suspect_labels)}
+    # Parts of a file's name that are not text become escapes: Parquet has none but UTF-8.
+    texts = {
+        name: value.encode("utf-8", "backslashreplace").decode()
+        for name, value in row.items()
+        if isinstance(value, str)
+    }
+    return {**row, **texts, "suspect_labels": list(result.suspect_labels)}
 
 
 def _page(results: Sequence[Result], command: str) -> str:

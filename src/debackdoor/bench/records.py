@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,13 @@ SCHEMA = "debackdoor/bench/1"
 RATES = ("clean_accuracy", "attack_success_rate", "robust_accuracy")
 
 _NEEDED = ("model", "attack", "defense", "blind", "seed", "clean_images", *RATES, "der", "seconds", "peak_memory_mib")
+_WHEN = ("before", "after")
+_KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
+    **dict.fromkeys(("model", "attack", "defense"), ("text", (str,))),
+    **dict.fromkeys(("seed", "clean_images"), ("a whole number", (int,))),
+    "blind": ("true or false", (bool,)),
+    "error": ("text or null", (str, type(None))),
+}
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
@@ -34,9 +41,24 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if missing:
         raise DebackdoorError(f"{path}: expected the entry {missing[0]}, got none; delete it and measure again")
     for name in RATES:
-        if not isinstance(record[name], dict) or not {"before", "after"} <= set(record[name]):
+        if not isinstance(record[name], dict) or not set(_WHEN) <= set(record[name]):
             raise DebackdoorError(f"{path}: expected {name} before and after, got {record[name]!r}; delete it")
+    for name, (expected, kinds) in _KINDS.items():
+        if not isinstance(record[name], kinds):
+            raise DebackdoorError(f"{path}: expected {expected} for {name}, got {record[name]!r}; delete it")
+    if record["error"] is None:
+        _check_measured(path, record)
     return record
+
+
+def _check_measured(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Whether the numbers are numbers; those of triggers are null where the model has none."""
+    clean = record["der"] is None
+    names = ("seconds", "peak_memory_mib") if clean else ("seconds", "peak_memory_mib", "der")
+    rates = {f"{name} {when}": record[name][when] for name in RATES[: 1 if clean else 3] for when in _WHEN}
+    for name, value in {**rates, **{name: record[name] for name in names}}.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DebackdoorError(f"{path}: expected a number for {name}, got {value!r}; delete it and measure again")
 
 
 def read_records(folders: Iterable[str | Path]) -> list[dict[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from debackdoor.bench.records import as_read, read_record
 from debackdoor.errors import DebackdoorError
 from debackdoor.files import atomic_write_text
 from debackdoor.runtime import resolve_device
+from debackdoor.zoo import Card
 
 Measure = Callable[[Settings, Cell], dict[str, Any]]
 
@@ -73,8 +74,8 @@ def run(
         resolve_device(device)
     settings = Settings(matrix.zoo.absolute(), device, fine_tune)
     out = Path(out).absolute()
-    cells, hashes = matrix.cells(), {card.name: card.sha256 for card in matrix.cards()}
-    found = {cell: record for cell in cells if (record := _found(out, cell, hashes[cell.model])) is not None}
+    cells, cards = matrix.cells(), {card.name: card for card in matrix.cards()}
+    found = {cell: record for cell in cells if (record := _found(out, cell, cards[cell.model].sha256)) is not None}
     kept = {cell: record for cell, record in found.items() if not _wanting(record, retry_failed, fine_tune)}
     missing = [cell for cell in cells if cell not in kept]
     outcomes = execute(
@@ -88,20 +89,23 @@ def run(
     )
     for cell in missing:
         (out / cell.file).parent.mkdir(parents=True, exist_ok=True)
-    return _all(kept, outcomes, settings, out, len(cells))
+    return _all(kept, outcomes, partial(_record_of, cards, fine_tune, out), len(cells))
 
 
 def _all(
-    kept: dict[Cell, Record], outcomes: Generator[Outcome[Cell], None, None], settings: Settings, out: Path, total: int
+    kept: dict[Cell, Record],
+    outcomes: Generator[Outcome[Cell], None, None],
+    record_of: Callable[[Outcome[Cell]], Record],
+    total: int,
 ) -> Generator[Finished, None, None]:
     for number, (cell, record) in enumerate(kept.items(), 1):
         yield Finished(cell, record, number, total, kept=True)
     with contextlib.closing(outcomes):
         for number, outcome in enumerate(outcomes, len(kept) + 1):
-            yield Finished(outcome.item, _record_of(outcome, settings, out), number, total, kept=False)
+            yield Finished(outcome.item, record_of(outcome), number, total, kept=False)
 
 
-def _record_of(outcome: Outcome[Cell], settings: Settings, out: Path) -> Record:
+def _record_of(cards: Mapping[str, Card], fine_tune: bool, out: Path, outcome: Outcome[Cell]) -> Record:
     """What was measured, or the error; the latter is written unless there is a record of success, which is worth more.
 
     That may be by another run, by a process that was lost after writing it, or without what was to be added to it.
@@ -109,10 +113,10 @@ def _record_of(outcome: Outcome[Cell], settings: Settings, out: Path) -> Record:
     cell, error = outcome.item, outcome.error
     path = out / cell.file
     there = read_record(path) if path.exists() else None
-    if there is not None and (error is None or not _wanting(there, True, settings.fine_tune)):
+    if there is not None and (error is None or not _wanting(there, True, fine_tune)):
         return there
     missing = f"expected a record in {out}, got none; give a folder that all workers share"
-    record = failed(settings, cell, error or missing)
+    record = failed(cards[cell.model], cell, error or missing)
     if there is None or there["error"] is not None:
         with contextlib.suppress(OSError):  # it is told all the same, and the next run measures the cell again
             _write(path, record)

@@ -14,7 +14,7 @@ from typing import Any
 
 from debackdoor.bench.executors import Executor, Outcome, execute
 from debackdoor.bench.manifest import Entry
-from debackdoor.bench.scan_store import Result, Settings, Store, result_of
+from debackdoor.bench.scan_store import Result, Settings, Store, hash_of, result_of
 from debackdoor.bench.work import in_one_line
 from debackdoor.data import load_clean
 from debackdoor.errors import DebackdoorError
@@ -70,6 +70,7 @@ def scan_many(
         pool.shutdown(cancel_futures=True)
     if not todo:
         return
+    before = {entry.name: store.latest(entry) for entry in todo}
     outcomes = execute(
         partial(scan_one, store=store),
         todo,
@@ -82,7 +83,7 @@ def scan_many(
     # Closed at once where the reader stops, so that no process goes on.
     with contextlib.closing(outcomes):
         for outcome in outcomes:
-            yield _result_of(outcome, store)
+            yield _result_of(outcome, store, before[outcome.item.name])
 
 
 def scan_one(entry: Entry, store: Store) -> None:
@@ -91,15 +92,17 @@ def scan_one(entry: Entry, store: Store) -> None:
     Raises:
         DebackdoorError: if neither can be written; the message has the verdict, or the error.
     """
+    sha256 = hash_of(entry)  # before: a file that is still being copied is another one in the end
     began = time.perf_counter()
     try:
         record = _scan(entry, store.settings)
     except (Exception, SystemExit) as error:  # a file may be anything, and the user's own code may raise anything
         what = in_one_line(error)
+        failure = store.error_record(entry, what, sha256, time.perf_counter() - began)
         if store.find(entry, errors=False) is not None:
             return  # another run, with more memory perhaps, has scanned it meanwhile
         with _told(what):
-            store.write_error(entry, store.error_record(entry, what, time.perf_counter() - began))
+            store.write_error(entry, failure)
         return
     with _told(f"verdict {record['verdict']}"):
         store.write(entry, record)
@@ -133,16 +136,21 @@ def _clean(source: str, limit: int | None, seed: int) -> CleanSet:
     return load_clean(source, limit, seed)
 
 
-def _result_of(outcome: Outcome[Entry], store: Store) -> Result:
-    """What a worker wrote; or its error, where it could not."""
+def _result_of(outcome: Outcome[Entry], store: Store, before: Result | None) -> Result:
+    """What a worker wrote; or its error, where it could not. ``before`` is what was there of another checkpoint."""
     entry, error = outcome.item, outcome.error
     # A process that was lost may have written the record of its scan before.
     result = store.find(entry, errors=error is None)
     if result is not None:
         return result
-    error = error or f"expected a record in {store.folder}, got none; give a folder that all workers share"
-    found = _FOUND.match(error)
-    record = store.error_record(entry, error, verdict=found[1] if found else None)
-    with contextlib.suppress(OSError):  # it is told all the same, and the next run scans the model again
-        store.write_error(entry, record)
+    result = store.latest(entry)
+    if result is not None and (before is None or result.sha256 != before.sha256):
+        return result  # the checkpoint is another one by now; what was found in the one that was scanned stands
+    found = _FOUND.match(error or "")
+    missing = f"expected a record in {store.folder}, got none; give a folder that all workers share"
+    verdict = found[1] if found else None
+    record = store.error_record(entry, error or missing, hash_of(entry), verdict=verdict)
+    if error is not None:
+        with contextlib.suppress(OSError):  # it is told all the same, and the next run scans the model again
+            store.write_error(entry, record)
     return result_of(entry, record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ ERROR_SCHEMA = "debackdoor/scan-error/1"
 
 RECORDS, ERRORS = "records", "errors"
 """The folders of records: of scans, and of models that could not be scanned."""
+
+# What there is to read in a record of either kind.
+_KEPT = {"sha256", "options", "verdict", "seconds"}
+_NEEDED = {SCAN_SCHEMA: {*_KEPT, "fail_on", "score", "suspect_labels", "message"}, ERROR_SCHEMA: {*_KEPT, "error"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,13 +139,19 @@ class Store:
         self._file(RECORDS, entry).unlink(missing_ok=True)
 
     def error_record(
-        self, entry: Entry, error: str, seconds: float | None = None, verdict: str | None = None
+        self,
+        entry: Entry,
+        error: str,
+        sha256: str | None,
+        seconds: float | None = None,
+        verdict: str | None = None,
     ) -> dict[str, Any]:
         """Why a model could not be scanned.
 
         Args:
             entry: the model.
             error: one sentence.
+            sha256: of the checkpoint that it is about, as :func:`hash_of` gives it.
             seconds: that passed until then, or None.
             verdict: of a scan whose record could not be written.
         """
@@ -149,7 +160,7 @@ class Store:
             "versions": versions(),
             "name": entry.name,
             "checkpoint": entry.path,
-            "sha256": _sha256(entry),
+            "sha256": sha256,
             "error": error,
             "verdict": verdict,
             "seconds": None if seconds is None else round(seconds, 3),
@@ -166,7 +177,7 @@ class Store:
         stored = {kind: _read(self._file(kind, entry)) for kind in (RECORDS, ERRORS)}
         if not any(stored.values()):
             return None  # and the checkpoint need not be read
-        wanted = (_sha256(entry), self.settings.options(entry))
+        wanted = (hash_of(entry), self.settings.options(entry))
         # Killed between writing one record and removing the other, a run leaves both. Of two that fit, the scan's is
         # the later one.
         for kind, record in stored.items():
@@ -174,6 +185,14 @@ class Store:
                 if kind == ERRORS and not errors:
                     return None
                 self._fail_on(kind, entry, record)
+                return result_of(entry, record)
+        return None
+
+    def latest(self, entry: Entry) -> Result | None:
+        """The last result with these options, of whatever the checkpoint was then."""
+        for kind in (RECORDS, ERRORS):
+            record = _read(self._file(kind, entry))
+            if record is not None and record["options"] == self.settings.options(entry):
                 return result_of(entry, record)
         return None
 
@@ -211,12 +230,15 @@ def _read(path: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    known = isinstance(record, dict) and record.get("schema") in (SCAN_SCHEMA, ERROR_SCHEMA)
-    return record if known else None
+    schema = record.get("schema") if isinstance(record, dict) else None
+    needed = _NEEDED.get(schema) if isinstance(schema, str) else None
+    return record if needed is not None and needed <= record.keys() else None
 
 
-def _sha256(entry: Entry) -> str | None:
+def hash_of(entry: Entry) -> str | None:
+    """The SHA-256 of a model's checkpoint; None where it cannot be read, or is no file."""
     try:
-        return sha256_of(entry.path)
+        # A device would be read for ever.
+        return sha256_of(entry.path) if os.path.isfile(entry.path) else None
     except (OSError, ValueError):  # ValueError: a name that no file can have
         return None

@@ -105,7 +105,8 @@ def compare(records: Sequence[Record], defenses: Iterable[str] = ()) -> Comparis
         defenses: which to compare; without any, all.
 
     Raises:
-        DebackdoorError: if there is no record of one of the defences, or no cell that all have.
+        DebackdoorError: if there is no record of one of the defences, or no cell that all have, or records of one
+            model or one defence are of different weights or settings.
     """
     by_defense: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -115,6 +116,7 @@ def compare(records: Sequence[Record], defenses: Iterable[str] = ()) -> Comparis
             known = ", ".join(sorted(by_defense)) or "none"
             raise DebackdoorError(f"expected defences out of {known}, got {name!r}; choose of them")
     chosen = {name: by_defense[name] for name in wanted}
+    _check_alike([record for found in chosen.values() for record in found])
     finished = [record for rows in chosen.values() for record in rows if record["error"] is None]
     shared = _shared(chosen, lambda record: record["der"] is not None)
     if not shared:
@@ -134,6 +136,19 @@ def compare(records: Sequence[Record], defenses: Iterable[str] = ()) -> Comparis
         devices=_devices(record for record in finished if place_of(record) in shared | shared_clean),
         records=everything,
     )
+
+
+def _check_alike(records: Iterable[Record]) -> None:
+    """Checks that what has one name is one thing, as far as the records say."""
+    first: dict[tuple[str, str], object] = {}
+    for record in records:
+        for kind, value in (("model", "sha256"), ("defense", "defense_parameters")):
+            found, name = record.get(value), record[kind]
+            if found is not None and first.setdefault((kind, name), found) != found:
+                raise DebackdoorError(
+                    f"expected records of one {kind} {name}, got two of different {value}; measure one of them again, "
+                    "or give it a folder of its own"
+                )
 
 
 def place_of(record: Record) -> Place:

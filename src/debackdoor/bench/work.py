@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -35,7 +36,8 @@ def error_of(pickled: bytes, threads: int, item: Any) -> str | None:
         work = pickle.loads(pickled)
         if "torch" in sys.modules:
             sys.modules["torch"].set_num_threads(threads)
-        work(item)
+        with redirect_stdout(sys.stderr):  # what a user's own network prints: stdout may be for JSON
+            work(item)
     except (Exception, SystemExit) as error:
         return in_one_line(error)
     return None

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -75,9 +75,16 @@ class Output:
         except OSError:
             discard(stream)
 
-    def stages(self) -> Stages:
-        """A progress callback for the whole command."""
-        return Stages(show=not self._quiet)
+    @contextmanager
+    def stages(self) -> Iterator[Stages]:
+        """A progress callback for the whole command, whose seconds are complete when the context has ended.
+
+        Where JSON takes stdout, what the user's own network prints meanwhile goes to stderr.
+        """
+        with ExitStack() as stack:
+            if self._json_to == _STDOUT:
+                stack.enter_context(redirect_stdout(sys.stderr))
+            yield stack.enter_context(Stages(show=not self._quiet))
 
     def check_json(self, inputs: Iterable[Path]) -> None:
         """Checks, before any work, that the record can be written and takes the place of none of ``inputs``.
@@ -145,7 +152,9 @@ def finding_stands(status: int, debug: bool) -> Iterator[None]:
 
 def paths_among(*names: str) -> list[Path]:
     """What of the DATA and ARCH that a user names is a file or a folder."""
-    return [Path(part) for name in names for part in (name, name.rpartition(":")[0]) if part and Path(part).exists()]
+    parts = [part for name in names for part in (name, name.rpartition(":")[0]) if part]
+    # Not Path.exists, which raises where a folder may not be looked into.
+    return [Path(part) for part in parts if os.path.exists(part)]
 
 
 def check_file(path: Path, inputs: Iterable[Path], overwrite: bool, protect: bool = False) -> None:
@@ -212,6 +221,6 @@ def check_folder(folder: Path) -> None:
 def _is_same(path: Path, other: Path) -> bool:
     """Whether writing ``path`` would replace ``other``, which may be yet to be written, or a file inside of it."""
     here, there = Path(os.path.realpath(path)), Path(os.path.realpath(other))
-    if other.is_dir():
+    if os.path.isdir(other):
         return path.exists() and here.is_relative_to(there) and here.suffix.lower() not in _RECORDS
     return here == there or (path.exists() and other.exists() and path.samefile(other))

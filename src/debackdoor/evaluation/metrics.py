@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from debackdoor.attacks import Attack
 from debackdoor.attacks.base import ALL_TO_ONE
-from debackdoor.errors import DataError
-from debackdoor.models.forward import eval_mode, predict
+from debackdoor.errors import DataError, ModelError
+from debackdoor.models.forward import eval_mode, predict_of_any, trusted_precision
 from debackdoor.types import CleanSet, Progress
 
 SCHEMA = "debackdoor/evaluate/1"
 _BATCH = 500
+_TRIED = 32
+"""Images that precision is tried on."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,11 @@ def accuracy(model: nn.Module, data: CleanSet, *, precision: str = "auto") -> fl
         model: takes images (N, C, H, W) in [0, 1] on its own device.
         data: the images; any device.
         precision: ``auto``, ``fp32`` or ``bf16``.
+
+    Raises:
+        ModelError: if the model does not take the images, or its outputs are not finite.
     """
-    return _share(_answers(model, data.x, precision) == data.y.cpu())
+    return _share(_answers(model, data.x, _trusted(model, data.x, precision)) == data.y.cpu())
 
 
 def evaluate(
@@ -80,6 +85,7 @@ def evaluate(
     Raises:
         TriggerError: if the images do not fit the trigger.
         DataError: if the labels do not, or every image is of the target class.
+        ModelError: if the model does not take the images, or its outputs are not finite.
     """
     attack.check_fits(test)
     victims = test
@@ -92,6 +98,7 @@ def evaluate(
             )
         victims = test.subset(others)
     y = victims.y.cpu()
+    precision = _trusted(model, test.x, precision)
     count = _Count(len(test) + len(victims), progress)
     clean = _answers(model, test.x, precision, count=count)
     answers = _answers(model, victims.x, precision, attack.apply, count)
@@ -131,6 +138,16 @@ class _Count:
             self._progress("evaluate", self._done, self._total, {})
 
 
+def _trusted(model: nn.Module, x: Tensor, precision: str) -> str:
+    """The precision that scan and repair would take, too."""
+    place = next((item.device for item in model.parameters()), x.device)
+    few = x[:_TRIED].to(place)
+    with eval_mode(model), torch.inference_mode():
+        if precision == "auto":
+            predict_of_any(model, few, precision="fp32")  # else the error is the model's own
+        return trusted_precision(model, few, precision)
+
+
 def _answers(
     model: nn.Module,
     x: Tensor,
@@ -143,7 +160,10 @@ def _answers(
     parts = []
     with eval_mode(model), torch.inference_mode():
         for part in x.split(_BATCH):
-            parts.append(predict(model, trigger(part.to(place)), precision=precision).argmax(1).cpu())
+            logits = predict_of_any(model, trigger(part.to(place)), precision=precision)
+            if not bool(torch.isfinite(logits).all()):  # their largest would be answer 0, perhaps the target
+                raise ModelError("expected finite outputs, got NaN or infinity; the weights are damaged")
+            parts.append(logits.argmax(1).cpu())
             if count is not None:
                 count.add(len(part))
     return torch.cat(parts)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debackdoor.errors import ModelError
+from debackdoor.errors import DebackdoorError, ModelError
 from debackdoor.runtime import answered_at_once, at_most, autocast, has_fast_bf16
 
 AGREEMENT = 0.9
@@ -52,6 +52,24 @@ def predict(
     with autocast(x.device, precision):
         # A network that normalises its input in place would change the caller's images.
         return torch.cat([logits_of(model(batch.clone())).float() for batch in x.split(size)])
+
+
+def predict_of_any(model: nn.Module, x: Tensor, *, precision: str = "auto") -> Tensor:
+    """As :func:`predict`, of a network that may be anyone's code and raise anything.
+
+    Raises:
+        ModelError: if it does not take the images.
+    """
+    try:
+        return predict(model, x, precision=precision)
+    except DebackdoorError:
+        raise
+    except Exception as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(
+            f"expected the model to take images of shape {tuple(x.shape[1:])}, got '{why}'; "
+            "check --arch and the image size"
+        ) from error
 
 
 def predict_changed(

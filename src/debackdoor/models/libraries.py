@@ -56,10 +56,14 @@ def _torchvision(library: ModuleType, name: str, num_classes: int, in_channels: 
             f"expected images of 3 channels for torchvision:{name}, got {in_channels}; use another network"
         )
     try:
+        # Others than classifiers would fetch the weights of their backbones.
+        known = name.lower() in library.models.list_models(module=library.models)
+        if not known:
+            raise ValueError(f"{name} is none of its classifiers")
         return library.models.get_model(name, weights=None, num_classes=num_classes)
     except Exception as error:  # each of its networks has its own checks
         raise ModelError(
-            f"torchvision cannot build {name!r}: {brief(error)}; see torchvision.models.list_models()"
+            f"torchvision cannot build {name!r}: {brief(error)}; see list_models(module=torchvision.models) there"
         ) from error
 
 

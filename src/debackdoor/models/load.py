@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from debackdoor.checkpoint import Checkpoint, load_into, read_checkpoint
 from debackdoor.errors import CheckpointError, ModelError
@@ -57,7 +58,7 @@ def open_model(
     """
     checkpoint = read_checkpoint(path)
     classes = _class_count(checkpoint, num_classes)
-    network = resolve_arch(arch, checkpoint.state_dict)(classes).float()
+    network = _with_weights(resolve_arch(arch, checkpoint.state_dict)(classes), arch).float()
     checkpoint = with_names_of(network, checkpoint)
     try:
         load_into(network, checkpoint, arch)
@@ -104,6 +105,18 @@ def build_model(
 def state_dict_of(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the network inside, with the keys its checkpoint has, without normalisation."""
     return unwrap(model).state_dict()
+
+
+def _with_weights(network: nn.Module, arch: str) -> nn.Module:
+    """The same network, if its weights are there to be filled: torch fills those on the meta device with nothing."""
+    for name, value in (*network.named_parameters(), *network.named_buffers()):
+        if is_lazy(value) or value.is_meta:
+            got = f"{name!r} " + ("whose shape is not known yet" if is_lazy(value) else "on the meta device")
+            raise ModelError(
+                f"expected {arch} to build a network with weights of its own, got {got}; build it on the CPU, and call "
+                "a lazy one once"
+            )
+    return network
 
 
 def _check_floats(network: nn.Module, checkpoint: Checkpoint) -> None:

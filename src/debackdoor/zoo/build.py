@@ -12,6 +12,7 @@ from pathlib import Path
 from debackdoor.attacks import load_trigger, train
 from debackdoor.attacks.registry import count_classes
 from debackdoor.data import load_dataset
+from debackdoor.data.load import open_source
 from debackdoor.errors import DebackdoorError, TriggerError
 from debackdoor.files import sha256_of
 from debackdoor.models import load_model, resolve_arch
@@ -101,6 +102,10 @@ def find_finished(entry: Entry, folder: str | Path) -> Card | None:
     card = read_card(path)
     names = ("attack", "dataset", "arch", "epochs", "batch_size", "lr", "flip", "seed", "clean_model")
     check_same(str(path), {name: getattr(entry, name) for name in names}, {name: getattr(card, name) for name in names})
+    if entry.limit is not None and card.samples != entry.limit:
+        # Fewer are right where there are no more.
+        available = len(open_source(entry.dataset, "train").labels)
+        check_same(str(path), {"samples": min(entry.limit, available)}, {"samples": card.samples})
     if not weights.is_file() or sha256_of(weights) != card.sha256:
         return None
     if entry.attack != CLEAN:

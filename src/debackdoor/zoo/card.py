@@ -8,8 +8,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from debackdoor.attacks import ATTACKS
+from debackdoor.attacks.base import ALL_TO_ALL, ALL_TO_ONE
 from debackdoor.errors import DebackdoorError
 from debackdoor.files import atomic_write_text
+from debackdoor.zoo.manifest import CLEAN
 
 SCHEMA = "debackdoor/zoo-card/1"
 
@@ -129,6 +132,10 @@ def read_card(path: str | Path) -> Card:
         raise DebackdoorError(f"{path}: expected the entries {', '.join(names)}, got {_odd(odd, names)}; {_WAY_OUT}")
     for name, value in record.items():
         _check(path, name, value)
+    for name, known in (("attack", [CLEAN, *ATTACKS]), ("mode", [None, ALL_TO_ONE, ALL_TO_ALL])):
+        if record[name] not in known:
+            wanted = ", ".join(map(str, known))
+            raise DebackdoorError(f"{path}: expected {name} out of {wanted}, got {record[name]!r}; {_WAY_OUT}")
     if record["name"] != path.stem:
         raise DebackdoorError(f"{path}: expected the card of {path.stem}, got that of {record['name']}; {_WAY_OUT}")
     return Card(**record)

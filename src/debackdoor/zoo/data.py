@@ -10,6 +10,7 @@ from pathlib import Path
 from debackdoor.attacks.registry import count_classes
 from debackdoor.data import check_labels, load_dataset
 from debackdoor.data.cifar import find_layout
+from debackdoor.data.load import open_source
 from debackdoor.data.named import FOLDERS, named_folder
 from debackdoor.data.parquet import find_parquet
 from debackdoor.errors import DataError
@@ -40,14 +41,17 @@ def load_splits(dataset: str, limit: int | None = None) -> Splits:
         DataError: if it cannot be read, has one part alone, or test images are of classes that the training images
             have not.
     """
+    one_part = DataError(
+        f"{dataset}: expected a training and a test part, got the same images for both; give a folder with train "
+        "and test in it"
+    )
+    if dataset != "digits" and _own_files(dataset, "train") == _own_files(dataset, "test"):
+        raise one_part
     train, test = load_dataset(dataset, "train", limit), load_dataset(dataset, "test")
     check_labels(test, count_classes(train))
     hashes = {name: data_sha256(dataset, name, images) for name, images in (("train", train), ("test", test))}
     if hashes["train"] == hashes["test"]:
-        raise DataError(
-            f"{dataset}: expected a training and a test part, got the same images for both; give a folder with train "
-            "and test in it"
-        )
+        raise one_part
     return Splits(train, test, hashes)
 
 
@@ -72,6 +76,11 @@ def data_sha256(dataset: str, split: str, images: CleanSet) -> str:
         for values in (images.x, images.y):
             digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _own_files(dataset: str, split: str) -> list[Path]:
+    """The files that a split is read from, pictures included."""
+    return _files(dataset, split) or list(open_source(dataset, split).files or ())
 
 
 def _files(dataset: str, split: str) -> list[Path]:

@@ -98,6 +98,8 @@ def read_victim(folder: str | Path) -> BackdooredModel:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         recipe = Recipe(**{item.name: record[item.name] for item in fields(Recipe)})
+        if not isinstance(recipe.arch, str):
+            raise TypeError(recipe.arch)
         rest = {"source": record["dataset"], "history": record["history"], "seconds": record["seconds"]}
         clean = record["attack"] == "clean"
     except (OSError, ValueError, KeyError, TypeError) as error:
