@@ -43,7 +43,7 @@ from debackdoor.types import CleanSet
 
 SCHEMA = "debackdoor/speed/1"
 
-LARGE_IMAGES = 40
+LARGE_IMAGES = 24
 """Clean images of 224 pixels that a whole repair gets: a pass takes its time, and memory does not need more."""
 
 LARGE_BUDGET = 1.0
