@@ -141,11 +141,8 @@ class _Count:
 def _trusted(model: nn.Module, x: Tensor, precision: str) -> str:
     """The precision that scan and repair would take, too."""
     place = next((item.device for item in model.parameters()), x.device)
-    few = x[:_TRIED].to(place)
     with eval_mode(model), torch.inference_mode():
-        if precision == "auto":
-            predict_of_any(model, few, precision="fp32")  # else the error is the model's own
-        return trusted_precision(model, few, precision)
+        return trusted_precision(model, x[:_TRIED].to(place), precision)
 
 
 def _answers(

@@ -122,11 +122,14 @@ def label_shares(logits: Tensor) -> list[float]:
 def trusted_precision(model: nn.Module, x: Tensor, precision: str) -> str:
     """The precision to compute in: fp32 for ``auto`` where the model has no answers in bf16, or too many others.
 
-    ``x`` is a batch (N, C, H, W) to try it on, which the model takes in fp32.
+    ``x`` is a batch (N, C, H, W) to try it on.
+
+    Raises:
+        ModelError: if the model does not take it in fp32 either.
     """
     if precision != "auto" or not has_fast_bf16(x.device):
         return precision
-    full = predict(model, x, precision="fp32")
+    full = predict_of_any(model, x, precision="fp32")
     try:
         half = predict(model, x, precision="bf16")
     except Exception:  # a model is anyone's code, and may know one type alone
