@@ -130,6 +130,21 @@ def test_atomic_write_text_and_its_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
     atomic_write_text(tmp_path / "a.json", "b")
     assert (tmp_path / "a.json").read_bytes() == b"b"
+    (tmp_path / "a.json").chmod(0o600)
+    atomic_write_text(tmp_path / "a.json", "c")
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_a_folder_that_cannot_be_synced_has_its_file_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    atomic_write(tmp_path / "out.json", b"{}")
+    monkeypatch.undo()
+    assert (tmp_path / "out.json").read_bytes() == b"{}"
 
 
 def test_output_folder_problems(tmp_path: Path, checkpoint: Checkpoint) -> None:

@@ -62,6 +62,8 @@ def test_entry_point() -> None:
         (("repair", "a", "--arch", "b", "--clean", "c", "--out", "d", "--seed", "-1"), "'--seed'"),
         (("repair", "a", "--arch", "b", "--clean", "c", "--out", "d", "--device", "tpu"), "'--device'"),
         (("repair", "a", "--arch", "b", "--clean", "c", "--out", "d", "--mean", "0.5;0.5"), "0.49,0.48,0.45"),
+        (("detect", "a", "--arch", "b", "--clean", "c", "--suspects", "d", "--method", "guess"), "'--method'"),
+        (("detect", "a", "--arch", "b", "--clean", "c", "--suspects", "d", "--on", "both"), "'--on'"),
         (("evaluate", "a", "--arch", "b", "--test", "c"), "'--trigger'"),
         (("attack", "nets", "--arch", "b", "--data", "c", "--test", "d", "--out", "e"), "badnets, blend, sig, wanet"),
     ],

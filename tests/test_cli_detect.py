@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from cli_cases import Shell
 from data_cases import png
+from debackdoor.cli.detect import Method, On
+from debackdoor.detect import DETECTORS, MODELS
+from debackdoor.detectors.shift import REPAIR_SHIFT
 from debackdoor.report import load_schema
 from debackdoor.types import CleanSet, SampleScores
 
@@ -117,6 +120,23 @@ def test_json_on_stdout_stands_alone_and_quiet_says_nothing(shell: Shell, stand_
     assert (ran.code, ran.out, ran.err) == (1, "", "")
 
 
+def test_a_file_name_cannot_forge_a_line_or_reach_the_terminal(shell: Shell, stand_in: StandIn) -> None:
+    arguments = detect_of(shell)
+    (shell.folder / "pile" / "2.png").rename(shell.folder / "pile" / "2\x1b[2J\nflagged: x.png")
+    ran = shell(*arguments)
+    assert "flagged: 2\ufffd[2J flagged: x.png, which the model calls 7 (score 12)" in ran.out.splitlines()
+    (shell.folder / "pile" / "1.png").rename(shell.folder / "pile" / "1\x1b[2J\n.png")
+    (shell.folder / "pile" / "1\x1b[2J\n.png").write_bytes(b"no image")
+    ran = shell(*arguments)
+    assert (ran.code, ran.err.count("\n")) == (2, 1)
+    assert "1\ufffd[2J .png" in ran.err
+
+
+def test_the_methods_are_those_of_the_library() -> None:
+    assert tuple(Method) == (REPAIR_SHIFT, *DETECTORS)
+    assert tuple(On) == MODELS
+
+
 @pytest.mark.parametrize("exists", [False, True])
 def test_what_passes_is_copied_and_nothing_is_deleted(shell: Shell, stand_in: StandIn, exists: bool) -> None:
     arguments, out = detect_of(shell), shell.folder / "out"
@@ -164,6 +184,11 @@ def _existing(shell: Shell) -> list[object]:
     return ["--clean-out", shell.folder / "out"]
 
 
+def _record_inside(shell: Shell) -> list[object]:
+    (shell.folder / "out").mkdir()
+    return ["--clean-out", shell.folder / "out", "--json", shell.folder / "out" / "a.json"]
+
+
 def _file(shell: Shell) -> list[object]:
     (shell.folder / "out").write_text("mine")
     return ["--clean-out", shell.folder / "out"]
@@ -174,7 +199,10 @@ def _file(shell: Shell) -> list[object]:
     [
         (_existing, "out: expected an empty folder or none, got one with files in it; give another"),
         (_file, "out: expected an empty folder or none, got a file; give another"),
-        (lambda shell: ["--clean-out", shell.folder / "pile"], "pile: expected an empty folder or none"),
+        (lambda shell: ["--clean-out", shell.folder / "pile"], "pile: expected a folder outside of"),
+        (lambda shell: ["--clean-out", shell.folder / "pile" / "passed"], "passed: expected a folder outside of"),
+        (lambda shell: ["--clean-out", shell.folder / "a", "--json", shell.folder / "a"], "expected a record outside"),
+        (_record_inside, "a.json: expected a record outside of"),
         (lambda shell: ["--clean-out", shell.folder / "no" / "out"], "expected a folder to write to, got none; make"),
         (lambda shell: ["--json", shell.folder / "no" / "out.json"], "expected a folder to write to, got none; make"),
         (lambda shell: ["--json", shell.folder / "model.safetensors"], "expected a file of its own to write"),
@@ -214,7 +242,6 @@ def test_errors_from_within(shell: Shell, stand_in: StandIn, error: BaseExceptio
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--method", "guess"), "expected a method out of repair-shift, exposed-margin, strip, "),
         (("--on", "original"), "for repair-shift and exposed-margin the exposed one, got 'original'"),
         ((), "expected suspect images"),
         (("--suspects", "nowhere"), "nowhere: expected a folder"),

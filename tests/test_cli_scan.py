@@ -282,7 +282,7 @@ def test_a_form_that_cannot_be_written_takes_no_other_along(
 def test_standard_output_is_for_json_alone(shell: Shell, stand_in: StandIn, form: str) -> None:
     ran = shell(*scan_of(shell, form, "-"))
     assert (ran.code, stand_in.given) == (2, {})
-    assert "expected a file for a second output, got '-'" in ran.err
+    assert "expected a file to write, got '-', standard output; give a file name" in ran.err
 
 
 def test_code_that_ends_the_program_is_no_verdict(shell: Shell, stand_in: StandIn) -> None:
@@ -360,6 +360,32 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(
     assert "expected a fil" in ran.err or "expected a folder" in ran.err
     assert stand_in.given == {}
     assert {path: path.read_bytes() for path in shell.files() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["file", "module", "package", "transformers", "word"])
+def test_no_form_takes_the_place_of_a_network_or_named_images(
+    shell: Shell, stand_in: StandIn, form: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ``--arch`` and ``--clean`` stand for is read, under whatever name."""
+    folder = shell.folder
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DEBACKDOOR_DATA", str(folder))
+    for place in ("cifar10/0/0.png", "nets/own.py", "vit/config.json"):
+        (folder / place).parent.mkdir(parents=True)
+        (folder / place).write_text("mine")
+    arch, clean, target = {
+        "file": (shell.arch, "digits", "net.py"),
+        "module": ("net:make", "digits", "net.py"),
+        "package": ("nets.own:make", "digits", "nets/own.py"),
+        "transformers": ("hf:vit", "digits", "vit/config.json"),
+        "word": (shell.arch, "cifar10", "cifar10/0/0.png"),
+    }[kind]
+    before = (folder / target).read_bytes()
+    ran = shell("scan", shell.checkpoint(), "--arch", arch, "--clean", clean, form, folder / target)
+    assert (ran.code, stand_in.given) == (2, {})
+    assert "expected a file of its own to write" in ran.err
+    assert (folder / target).read_bytes() == before
 
 
 @pytest.mark.parametrize("forms", [("--json", "--html"), ("--json", "--sarif"), ("--html", "--sarif")])

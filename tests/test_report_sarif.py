@@ -114,7 +114,10 @@ def test_a_finding_is_one_result(verdict: str, rule: str, level: str) -> None:
     listed = found["tool"]["driver"]["rules"][result["ruleIndex"]]
     assert (listed["id"], listed["defaultConfiguration"]["level"]) == (rule, level)
     assert result["message"]["text"] == record["message"]
-    assert result["partialFingerprints"] == {"checkpointSha256/v1": record["sha256"]}
+    assert result["partialFingerprints"] == {
+        "checkpointSha256/v1": record["sha256"],
+        "primaryLocationLineHash": f"{record['sha256']}:1",
+    }
     (place,) = result["locations"]
     assert place["physicalLocation"]["artifactLocation"]["index"] == 0
 

@@ -37,7 +37,7 @@ def test_too_little_to_go_by_is_inconclusive_at_once(clean: CleanSet, message: s
     assert heard == []
     assert report.message.startswith("nothing can be told: ")
     assert message in report.message
-    assert replace(report, message="") == ScanReport("inconclusive", "", 0.0, (), False, None, {}, (), {})
+    assert replace(report, message="") == ScanReport("inconclusive", "", None, (), False, None, {}, (), {})
     assert_as_found(model, before)
 
 

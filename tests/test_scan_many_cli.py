@@ -89,7 +89,8 @@ def test_what_is_said_and_written(shell: Shell, registry: Registry, stand_in: St
         f"wrote {registry.out / 'index.html'} and {registry.out / 'scan.parquet'}",
     ]
     record = json.loads(target.read_text())
-    assert list(record)[:7] == ["schema", "versions", "limit", "seed", "device", "precision", "fail_on"]
+    settings = ["limit", "seed", "device", "precision", "memory", "deterministic", "fail_on"]
+    assert list(record)[:9] == ["schema", "versions", *settings]
     assert (record["schema"], record["limit"], record["seed"]) == ("debackdoor/scan-many/1", 40, 2)
     assert record["counts"] == {"backdoored": 1, "suspicious": 1, "error": 2, "inconclusive": 0, "clean": 2}
     assert [model["name"] for model in record["models"]] == [f"m{at}" for at in range(6)]

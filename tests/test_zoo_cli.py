@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,28 @@ def test_show_a_page(shell: Shell, small_zoo: Zoo) -> None:
     assert page.read_text().startswith("<!doctype html>")
 
 
+@pytest.mark.parametrize("target", ["patch.json", "clean-1.safetensors", "patch.trigger/trigger.json"])
+@pytest.mark.parametrize(
+    "command", [("list", "--json"), ("show", "patch", "--tier", "tiny", "--json"), ("show", "--tier", "tiny", "--html")]
+)
+def test_nothing_takes_the_place_of_a_part_of_the_zoo(
+    shell: Shell, small_zoo: Zoo, command: tuple[str, ...], target: str
+) -> None:
+    path = small_zoo[0] / "tiny" / target
+    before = path.read_bytes()
+    ran = shell("zoo", *command, path, "--zoo", small_zoo[0])
+    assert (ran.code, ran.out) == (2, "")
+    assert "expected a file of its own to write" in ran.err
+    assert path.read_bytes() == before
+
+
+def test_a_page_beside_the_models_is_written_again(shell: Shell, small_zoo: Zoo, tmp_path: Path) -> None:
+    zoo = shutil.copytree(small_zoo[0], tmp_path / "copy")
+    for _ in range(2):
+        ran = shell("zoo", "show", "--tier", "tiny", "--html", zoo / "tiny" / "page.html", "--zoo", zoo)
+        assert ran.code == 0, ran
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -87,6 +110,8 @@ def test_show_a_page(shell: Shell, small_zoo: Zoo) -> None:
         (("build", "--manifest", "no.toml"), 2, "no.toml: expected a manifest, got an error"),
         (("build", "patch-2", "--manifest", "MANIFEST"), 2, "expected models out of clean-1, patch, shifted"),
         (("build", "--zoo", "/dev/null/zoo", "--manifest", "MANIFEST"), 2, "expected a folder to write to"),
+        (("list", "--zoo", "TIER"), 2, "with one folder a tier in it, got that of a tier; give "),
+        (("show", "patch", "--zoo", "ZOO", "--tier", "."), 2, "expected the folder of a zoo's tier, got one of tiers"),
         (("list", "--zoo", "nowhere"), 2, "nowhere: expected a zoo's folder, got none"),
         (("list", "--zoo", "ZOO", "--tier", "fat"), 2, "fat: expected a folder with a zoo's cards, got none"),
         (("show",), 4, "expected a NAME or --html FILE"),
@@ -99,7 +124,7 @@ def test_show_a_page(shell: Shell, small_zoo: Zoo) -> None:
     ],
 )
 def test_errors(shell: Shell, small_zoo: Zoo, arguments: tuple[str, ...], code: int, message: str) -> None:
-    words = {"ZOO": small_zoo[0], "MANIFEST": small_zoo[1]}
+    words = {"ZOO": small_zoo[0], "TIER": small_zoo[0] / "tiny", "MANIFEST": small_zoo[1]}
     ran = shell("zoo", *(words.get(argument, argument) for argument in arguments))
     assert (ran.code, ran.out) == (code, "")
     assert message in ran.err

@@ -220,8 +220,10 @@ def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> N
         raise ModelError("expected outputs that depend on the image, got the same for all; the weights are not trained")
     reached, n = accuracy(logits, clean.y), len(clean)
     chance = float(torch.bincount(clean.y).max()) / n
+    height, width = clean.x.shape[-2:]
     if reached < chance + 3 * math.sqrt(chance * (1 - chance) / n):
         raise ChanceError(
             f"expected the model to classify the clean images, got accuracy {reached:.1%}, no better than chance; "
-            "check the labels' order, --arch, and whether the model wants normalised images (--mean and --std)"
+            f"check the labels' order, --arch, whether the model is for images of {height}x{width} pixels, and whether "
+            "it wants them normalised (--mean and --std)"
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import secrets
+import stat
 from pathlib import Path
 
 
@@ -12,7 +14,8 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     """Replaces the file at ``path`` by ``data`` in one step, and has both on disk before it returns.
 
     A symbolic link stays a link: the file that it points to is replaced. A new file gets the permissions that the
-    user's umask gives. After any failure the old file is as it was and no temporary file is left.
+    user's umask gives, one that replaces another those of the other. After any failure the old file is as it was and
+    no temporary file is left.
 
     Raises:
         OSError: if the folder does not exist or cannot be written to, or the disk is full.
@@ -22,6 +25,8 @@ def atomic_write(path: str | Path, data: bytes) -> None:
     try:
         # Mode "x" rather than tempfile: mkstemp's 0600 would make the result unreadable to others.
         with open(temporary, "xb") as file:
+            with contextlib.suppress(OSError):  # before the data, which may be for its owner alone
+                os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -51,8 +56,10 @@ def _sync_folder(folder: Path) -> None:
     """Makes a rename durable; only POSIX systems let a program open a folder for this."""
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    # The file is there all the same where a folder cannot be read, or its file system has nothing of the kind.
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -63,7 +63,7 @@ def scan(
     try:
         case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory)
     except (ChanceError, TooFewError) as error:
-        return ScanReport("inconclusive", f"nothing can be told: {error}", 0.0, (), False, None, {}, (), {})
+        return ScanReport("inconclusive", f"nothing can be told: {error}", None, (), False, None, {}, (), {})
     with case.within_memory():
         exposure = case.expose()
         return scan_case(case, exposure, case.evidence(exposure), all_triggers=all_triggers)

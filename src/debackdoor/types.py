@@ -222,6 +222,7 @@ class ScanReport:
         verdict: one of :data:`VERDICTS`.
         message: one sentence for a person: what was found, or what would settle it.
         score: how much speaks for a backdoor, the strongest sign as a multiple of its threshold: at least 1 counts.
+            None where no sign could be looked for.
         suspects: the labels that something speaks against, the most suspect first; several for several targets.
         all_to_all: whether a patch leads away from all labels, to no label of its own.
         trigger: the trigger recovered for the first suspect, or None.
@@ -233,7 +234,7 @@ class ScanReport:
 
     verdict: str
     message: str
-    score: float
+    score: float | None
     suspects: tuple[Suspect, ...]
     all_to_all: bool
     trigger: RecoveredTrigger | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 from debackdoor.attacks.adaptive_blend import AdaptiveBlend
@@ -50,7 +51,7 @@ def attack_class(name: str) -> type[Attack]:
     return ATTACKS[name]
 
 
-def make_attack(name: str, data: CleanSet, **parameters: Any) -> Attack:
+def make_attack(name: str, data: CleanSet, /, **parameters: Any) -> Attack:
     """The attack of that name for images and classes like those of ``data``.
 
     Args:
@@ -72,7 +73,7 @@ def build(kind: type[Attack], parameters: dict[str, Any]) -> Attack:
     Raises:
         TriggerError: if a hyper-parameter is unknown or out of range.
     """
-    known = [name for name, item in kind.__dataclass_fields__.items() if item.init]
+    known = [item.name for item in fields(kind) if item.init]
     for name in parameters:
         if name not in known:
             raise TriggerError(

@@ -20,6 +20,7 @@ from debackdoor.data import load_clean
 from debackdoor.errors import DebackdoorError
 from debackdoor.models import open_model
 from debackdoor.report import header, scan_record
+from debackdoor.runtime import deterministic_algorithms
 from debackdoor.scan import scan
 from debackdoor.types import CleanSet
 
@@ -124,7 +125,15 @@ def _scan(entry: Entry, settings: Settings) -> dict[str, Any]:
     loaded = open_model(entry.path, entry.arch, entry.num_classes, entry.mean, entry.std)
     clean = _clean(entry.clean, limit, seed)
     ready = time.perf_counter()
-    report = scan(loaded.model, clean, seed=seed, device=settings.device, precision=settings.precision)
+    with deterministic_algorithms(settings.deterministic):
+        report = scan(
+            loaded.model,
+            clean,
+            seed=seed,
+            device=settings.device,
+            precision=settings.precision,
+            memory=settings.memory,
+        )
     seconds = {"load": ready - began, "scan": time.perf_counter() - ready}
     head = header(loaded, data=entry.clean, seed=seed, seconds=seconds)
     return scan_record(head, report, clean_images=len(clean), fail_on=settings.fail_on)

@@ -12,6 +12,7 @@ from typing import Any
 
 from debackdoor.bench.manifest import Entry
 from debackdoor.files import atomic_write_text, sha256_of
+from debackdoor.memory import DEFAULT
 from debackdoor.report import to_json
 from debackdoor.report.records import SCAN_SCHEMA
 from debackdoor.runtime import versions
@@ -33,7 +34,8 @@ class Settings:
     Attributes:
         limit: as many clean images, class-balanced; None takes all.
         seed: of the choice of images, their split and the searches.
-        device, precision: as ``scan`` takes them.
+        device, precision, memory: as ``scan`` takes them.
+        deterministic: whether a GPU is to compute the same numbers in every run.
         fail_on: the verdict from which on a model counts as a finding, ``suspicious`` or ``backdoored``.
     """
 
@@ -41,6 +43,8 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
+    memory: float = DEFAULT
+    deterministic: bool = False
     fail_on: str = "suspicious"
 
     def options(self, entry: Entry) -> dict[str, Any]:
@@ -55,6 +59,8 @@ class Settings:
             "seed": self.seed if entry.seed is None else entry.seed,
             "device": self.device,
             "precision": self.precision,
+            "memory": self.memory,
+            "deterministic": self.deterministic,
         }
 
 

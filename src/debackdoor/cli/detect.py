@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from debackdoor.cli import options
 from debackdoor.cli.output import Output, check_new_folder, finding_stands, paths_among
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
+from debackdoor.text import visible
 
 if TYPE_CHECKING:
     from debackdoor.data import Pile
@@ -17,6 +19,25 @@ if TYPE_CHECKING:
 
 BY_CHANCE = 0.001
 """So many flagged images are a finding where a pile of clean ones gives as many no more often than this."""
+
+
+class Method(StrEnum):
+    """What gives a score to an image."""
+
+    REPAIR_SHIFT = "repair-shift"
+    EXPOSED_MARGIN = "exposed-margin"
+    STRIP = "strip"
+    COGNITIVE_DISTILLATION = "cognitive-distillation"
+    SPECTRAL = "spectral"
+    CLUSTERING = "clustering"
+
+
+class On(StrEnum):
+    """Which model a published method looks at."""
+
+    EXPOSED = "exposed"
+    ORIGINAL = "original"
+
 
 SHOWN = 10
 """As many flagged images are named; the record names all."""
@@ -33,12 +54,10 @@ def detect(
     clean_out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Copy the images that pass into this empty or new folder.")
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="repair-shift, exposed-margin, strip, cognitive-distillation, spectral or clustering.")
-    ] = "repair-shift",
+    method: Annotated[Method, typer.Option(help="What gives a score to an image.")] = Method.REPAIR_SHIFT,
     on: Annotated[
-        str, typer.Option(help="Let a published method look at the exposed or the original model.")
-    ] = "exposed",
+        On, typer.Option(help="Let a published method look at the exposed or the original model.")
+    ] = On.EXPOSED,
     false_positive_rate: Annotated[
         float, typer.Option("--fpr", min=0, max=1, help="The share of clean images that may be flagged, a fraction.")
     ] = 0.01,
@@ -64,7 +83,7 @@ def detect(
     output = Output(quiet, json_to)
     output.check_json([checkpoint, *paths_among(clean, suspects, arch)])
     if clean_out is not None:
-        check_new_folder(clean_out)
+        check_new_folder(clean_out, paths_among(clean, suspects), json_to)
 
     from debackdoor.data import load_clean, load_pile, write_images
     from debackdoor.detect import detect_samples
@@ -108,8 +127,8 @@ def _describe(output: Output, scores: SampleScores, pile: Pile) -> None:
     flagged = scores.flagged.nonzero()[:, 0]
     order = flagged[scores.scores[flagged].argsort(descending=True)].tolist()
     for index in order[:SHOWN]:
-        label = int(scores.answers[index])
-        output.say(f"flagged: {pile.names[index]}, which the model calls {label} (score {scores.scores[index]:.3g})")
+        name, label, score = visible(pile.names[index]), int(scores.answers[index]), scores.scores[index]
+        output.say(f"flagged: {name}, which the model calls {label} (score {score:.3g})")
     if len(order) > SHOWN:
         output.say(f"... and {len(order) - SHOWN} more, which --json names")
     output.say(

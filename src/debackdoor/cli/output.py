@@ -16,6 +16,7 @@ from debackdoor.cli.progress import Stages
 from debackdoor.cli.status import BACKDOORED, complain, discard, status_of
 from debackdoor.errors import DebackdoorError
 from debackdoor.files import atomic_write_text
+from debackdoor.text import visible_lines
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,7 +39,8 @@ class Output:
         self._json_to = json_to
 
     def say(self, text: str, style: str = "") -> None:
-        """Prints a line, on a terminal in a style of rich's."""
+        """Prints lines, on a terminal in a style of rich's; terminal codes in them do nothing."""
+        text = visible_lines(text)
         if style:
             from rich.text import Text
 
@@ -152,9 +154,24 @@ def finding_stands(status: int, debug: bool) -> Iterator[None]:
 
 def paths_among(*names: str) -> list[Path]:
     """What of the DATA and ARCH that a user names is a file or a folder."""
-    parts = [part for name in names for part in (name, name.rpartition(":")[0]) if part]
     # Not Path.exists, which raises where a folder may not be looked into.
-    return [Path(part) for part in parts if os.path.exists(part)]
+    return [path for name in names if name for path in _places(name) if os.path.exists(path)]
+
+
+def _places(name: str) -> Iterator[Path]:
+    """Where the DATA or ARCH of that name may lie."""
+    from debackdoor.data.named import FOLDERS, VARIABLE
+
+    yield Path(name)
+    library, _, folder = name.partition(":")
+    code = name.rpartition(":")[0]  # FILE.py:factory or MODULE:factory
+    if library == "hf":
+        yield from Path(folder).glob("*")
+    elif code:
+        yield Path(code)
+        yield from (Path(root, *code.split(".")).with_suffix(".py") for root in ("", *sys.path))
+    elif name in FOLDERS:
+        yield Path(os.environ.get(VARIABLE, ""), name)
 
 
 def check_file(path: Path, inputs: Iterable[Path], overwrite: bool, protect: bool = False) -> None:
@@ -169,6 +186,8 @@ def check_file(path: Path, inputs: Iterable[Path], overwrite: bool, protect: boo
     Raises:
         DebackdoorError: if it exists, is no file, or its folder does not exist or cannot be written to.
     """
+    if path == Path(_STDOUT):
+        raise DebackdoorError("expected a file to write, got '-', standard output; give a file name")
     if path.exists() and not path.is_file():
         raise DebackdoorError(f"{path}: expected a file to write, got a folder or device; give a file name")
     if any(_is_same(path, source) for source in inputs) and (protect or not overwrite):
@@ -187,19 +206,28 @@ def check_more(taken: list[Path], *outputs: Path | None) -> None:
         DebackdoorError: if one is not a file of its own that can be written.
     """
     for path in outputs:
-        if path == Path(_STDOUT):
-            raise DebackdoorError("expected a file for a second output, got '-', standard output; give a file name")
         if path is not None:
             check_file(path, taken, overwrite=True, protect=True)
             taken.append(path)
 
 
-def check_new_folder(folder: Path) -> None:
+def check_new_folder(folder: Path, inputs: Iterable[Path], json_to: str | None) -> None:
     """Checks, before any work, that files can be written to ``folder``, which is to be made, or is empty.
 
+    Args:
+        folder: gets files.
+        inputs: folders that are read: files inside them would be read the next time.
+        json_to: where the record goes, as ``Output`` takes it.
+
     Raises:
-        DebackdoorError: if not.
+        DebackdoorError: if it is of another kind, or inside of what is read, or the record would lie in it.
     """
+    here = Path(os.path.realpath(folder))
+    for source in filter(os.path.isdir, inputs):
+        if here.is_relative_to(os.path.realpath(source)):
+            raise DebackdoorError(f"{folder}: expected a folder outside of {source}, which is read; give another")
+    if json_to not in (None, _STDOUT) and Path(os.path.realpath(str(json_to))).is_relative_to(here):
+        raise DebackdoorError(f"{json_to}: expected a record outside of {folder}, which is to be empty; give another")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         got = "one with files in it" if folder.is_dir() else "a file"
         raise DebackdoorError(f"{folder}: expected an empty folder or none, got {got}; give another")

@@ -13,6 +13,7 @@ from debackdoor.cli import options
 from debackdoor.cli.output import Output, check_more, each_of, finding_stands, paths_among, write_text
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK
 from debackdoor.cli.words import numbers_in_words
+from debackdoor.text import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -154,7 +155,8 @@ def _describe(output: Output, report: ScanReport, images: int) -> None:
             f"towards label {row['label']} the smallest trigger found takes {row['l1']:.1f} pixels and works on "
             f"{row['success_rate']:.0%}"
         )
-    output.say(f"the strongest sign is {report.score:.2f} times its threshold; {images} clean images were used")
+    sign = "" if report.score is None else f"the strongest sign is {report.score:.2f} times its threshold; "
+    output.say(f"{sign}{images} clean images were used")
 
 
 def _suspects(report: ScanReport) -> Table:
@@ -165,6 +167,6 @@ def _suspects(report: ScanReport) -> Table:
     for column in ("suspect label", "speaks against it", "numbers"):
         table.add_column(column, overflow="fold")
     for suspect in report.suspects:
-        name = f"{suspect.label}" + (f" ({suspect.name})" if suspect.name else "")
-        table.add_row(escape(name), ", ".join(suspect.reasons) or "nearest", numbers_in_words(suspect.evidence))
+        name = escape(visible(f"{suspect.label}" + (f" ({suspect.name})" if suspect.name else "")))
+        table.add_row(name, ", ".join(suspect.reasons) or "nearest", numbers_in_words(suspect.evidence))
     return table

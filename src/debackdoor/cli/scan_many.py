@@ -17,6 +17,7 @@ from debackdoor.cli.output import Output, check_file, check_folder, finding_stan
 from debackdoor.cli.scan import FailOn
 from debackdoor.cli.status import BACKDOORED, ERROR, INCONCLUSIVE, OK
 from debackdoor.errors import DebackdoorError
+from debackdoor.text import visible
 
 if TYPE_CHECKING:
     from debackdoor.bench.manifest import Entry
@@ -53,6 +54,8 @@ def scan_many(
     seed: options.Seed = 0,
     device: options.DeviceName = options.Device.AUTO,
     precision: options.PrecisionName = options.Precision.AUTO,
+    memory: options.Memory = 6.0,
+    deterministic: options.Deterministic = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
 ) -> int:
@@ -78,7 +81,15 @@ def scan_many(
     check_libraries()
     if executor is options.Executor.LOCAL:  # the machines of a cluster may have what this one has not
         resolve_device(device)
-    settings = Settings(limit=limit, seed=seed, device=device.value, precision=precision.value, fail_on=fail_on.value)
+    settings = Settings(
+        limit=limit,
+        seed=seed,
+        device=device.value,
+        precision=precision.value,
+        memory=memory,
+        deterministic=deterministic,
+        fail_on=fail_on.value,
+    )
     resources = _resources(len(entries), executor, workers, address, device)
     results: dict[str, Result] = {}
     with _findings_stand(results, fail_on, debug):
@@ -156,7 +167,7 @@ def _resources(
 def _say_result(output: Output, result: Result) -> None:
     if result.kind != "clean" or result.error is not None:
         kind = result.kind if result.error is None else "error"
-        output.say(f"{result.name}: {kind}, {result.error or result.message}")
+        output.say(visible(f"{result.name}: {kind}, {result.error or result.message}"))
 
 
 def _describe(output: Output, results: Sequence[Result], status: int) -> None:

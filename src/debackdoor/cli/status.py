@@ -10,6 +10,7 @@ from typing import IO, cast
 import typer
 
 from debackdoor.errors import DebackdoorError, UnsupportedError
+from debackdoor.text import visible
 
 OK = 0
 BACKDOORED = 1
@@ -42,8 +43,8 @@ def status_of(error: BaseException, debug: bool = False) -> int:
 
 
 def complain(text: str) -> None:
-    """One line on stderr, whatever line breaks the text has."""
-    typer.echo(f"debackdoor: {' '.join(text.split())}", err=True)
+    """One line on stderr, whatever line breaks and terminal codes the text has."""
+    typer.echo(f"debackdoor: {visible(' '.join(text.split()))}", err=True)
 
 
 def discard(stream: IO[str]) -> None:

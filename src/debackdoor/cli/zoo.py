@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_file, check_folder
+from debackdoor.cli.output import Output, check_folder, check_more, paths_among
 from debackdoor.errors import DebackdoorError
 
 if TYPE_CHECKING:
@@ -79,14 +79,12 @@ def list_models(
 ) -> None:
     """List the models that are there, with their rates."""
     output = Output(quiet, json_to)
-    output.check_json([])
+    output.check_json(_files(folder))
 
-    from debackdoor.zoo import list_cards
+    from debackdoor.zoo import list_cards, list_tiers
 
-    if not folder.is_dir():
-        raise DebackdoorError(f"{folder}: expected a zoo's folder, got none; build one with zoo build, or give --zoo")
-    tiers = [tier] if tier else sorted(path.name for path in folder.iterdir() if path.is_dir())
-    found = {name: list_cards(folder / name) for name in tiers}
+    tiers = [folder / tier] if tier else list_tiers(folder)
+    found = {path.name: list_cards(path) for path in tiers}
     output.say(_table(found))
     output.write_json(
         {"schema": LIST_SCHEMA, "tiers": {name: [card.record() for card in cards] for name, cards in found.items()}}
@@ -118,9 +116,9 @@ def show(
     if html is None and test is not None:
         raise typer.BadParameter("expected --test with --html, got it with a NAME", param_hint="--test")
     output = Output(quiet, json_to)
-    output.check_json([])
-    if html is not None:
-        check_file(html, [], overwrite=True)
+    taken = [*_files(folder), *paths_among(test or "")]
+    check_more(taken, html)
+    output.check_json(taken)
 
     from debackdoor.zoo import list_cards
 
@@ -138,6 +136,11 @@ def show(
     for key, value in card.record().items():
         output.say(f"{key.replace('_', ' ')}: {_words(value)}")
     output.write_json(card.record())
+
+
+def _files(folder: Path) -> list[Path]:
+    """All that a zoo consists of. Not the folder, whose records might be written again: here those are the cards."""
+    return [path for path in folder.glob("*/**/*") if path.is_file() and path.suffix != ".html"]
 
 
 def _words(value: object) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import re
-import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from debackdoor.errors import MissingDependencyError
+from debackdoor.text import visible
 
 TOP_LABELS = 10
 """As many labels have a bar of their own."""
@@ -42,14 +42,7 @@ def text(value: object, longest: int | None = None) -> str:
         value: a class name, a path, a message.
         longest: how many characters there is room for; None keeps all.
     """
-    hidden = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
-
-    def safe(c: str) -> str:
-        if c in "\n\t":
-            return " "
-        return "\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or unicodedata.bidirectional(c) in hidden else c
-
-    shown = "".join(map(safe, str(value)))
+    shown = visible(value)
     if longest is None or len(shown) <= longest:
         return shown
     tail = longest // 2 - 1

@@ -196,5 +196,5 @@ def _png(image: Tensor) -> str:
 
 def _template() -> Any:
     pages = environment()
-    pages.filters["percent"] = lambda rate: f"{rate:.1%}".replace("%", " %")
+    pages.filters["percent"] = lambda rate: "-" if rate is None else f"{rate:.1%}".replace("%", " %")
     return pages.from_string((files("debackdoor.report") / "gallery.html.jinja").read_text(encoding="utf-8"))

@@ -144,7 +144,12 @@ def _result(record: Mapping[str, Any]) -> dict[str, Any]:
                 }
             }
         ],
-        "partialFingerprints": {"checkpointSha256/v1": record["sha256"]},
+        # The second is the one that GitHub goes by. Where it is missing, that is made from the file's first line, which
+        # all safetensors files of one architecture share.
+        "partialFingerprints": {
+            "checkpointSha256/v1": record["sha256"],
+            "primaryLocationLineHash": f"{record['sha256']}:1",
+        },
         "properties": {
             "verdict": record["verdict"],
             "score": record["score"],

@@ -1,7 +1,7 @@
 """The zoo: real victims and clean models to judge defences with, each with a card that says what it is."""
 
 from debackdoor.zoo.build import Built, build
-from debackdoor.zoo.card import Card, list_cards, read_card, trigger_of, weights_of
+from debackdoor.zoo.card import Card, list_cards, list_tiers, read_card, trigger_of, weights_of
 from debackdoor.zoo.data import load_splits
 from debackdoor.zoo.manifest import CLEAN, TIERS, Entry, Manifest, built_in_manifest, read_manifest
 from debackdoor.zoo.store import read_victim, store
@@ -16,6 +16,7 @@ __all__ = [
     "build",
     "built_in_manifest",
     "list_cards",
+    "list_tiers",
     "load_splits",
     "read_card",
     "read_manifest",

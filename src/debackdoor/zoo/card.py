@@ -84,6 +84,7 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "flip": (bool,),
 }
 _RATES = ("clean_accuracy", "attack_success_rate", "robust_accuracy")
+_TRIGGER = ".trigger"
 
 
 def weights_of(folder: str | Path, name: str) -> Path:
@@ -93,7 +94,7 @@ def weights_of(folder: str | Path, name: str) -> Path:
 
 def trigger_of(folder: str | Path, name: str) -> Path:
     """The trigger's folder of a model in a tier's folder; a clean model has none."""
-    return Path(folder) / f"{name}.trigger"
+    return Path(folder) / f"{name}{_TRIGGER}"
 
 
 def card_of(folder: str | Path, name: str) -> Path:
@@ -125,7 +126,7 @@ def read_card(path: str | Path) -> Card:
         raise DebackdoorError(f"{path}: expected JSON, got something else or half a file; {_WAY_OUT}") from error
     found = record.pop("schema", None) if isinstance(record, dict) else type(record).__name__
     if found != SCHEMA:
-        raise DebackdoorError(f"{path}: expected schema {SCHEMA!r}, got {found!r}; {_WAY_OUT}")
+        raise DebackdoorError(f"{path}: expected schema {SCHEMA!r}, got {found!r}; this is no card: move it elsewhere")
     names = [item.name for item in fields(Card)]
     odd = next((name for name in (*names, *record) if (name in names) != (name in record)), None)
     if odd is not None:
@@ -141,16 +142,37 @@ def read_card(path: str | Path) -> Card:
     return Card(**record)
 
 
+def list_tiers(folder: str | Path) -> list[Path]:
+    """The folders of a zoo's tiers, by name.
+
+    Raises:
+        DebackdoorError: if there is no such folder, or it is that of a tier.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DebackdoorError(f"{folder}: expected a zoo's folder, got none; build one with zoo build, or give --zoo")
+    if any(folder.glob("*.json")):
+        raise DebackdoorError(
+            f"{folder}: expected a zoo's folder, with one folder a tier in it, got that of a tier; give "
+            f"{folder.absolute().parent}"
+        )
+    return [path for path in sorted(folder.iterdir()) if path.is_dir()]
+
+
 def list_cards(folder: str | Path) -> list[Card]:
     """The cards of a tier's folder, by name.
 
     Raises:
-        DebackdoorError: if there is no such folder, or a card is damaged.
+        DebackdoorError: if there is no such folder, a card is damaged, or there are cards in the folders below alone.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise DebackdoorError(f"{folder}: expected a folder with a zoo's cards, got none; build it with zoo build")
-    return [read_card(path) for path in sorted(folder.glob("*.json"))]
+    cards = sorted(folder.glob("*.json"))
+    below = sorted(path.parent for path in folder.glob("*/*.json") if path.parent.suffix != _TRIGGER)
+    if below and not cards:
+        raise DebackdoorError(f"{folder}: expected the folder of a zoo's tier, got one of tiers; give {below[0]}")
+    return [read_card(path) for path in cards]
 
 
 _WAY_OUT = "delete it and build the model again"
