@@ -109,7 +109,7 @@ def check_leaves_the_model_alone(defense: Defense, model: nn.Module) -> None:
     for name, value in one.model.state_dict().items():
         assert torch.equal(value, two.model.state_dict()[name]), name
     broken = CleanSet(clean.x[:, :2], clean.y)
-    with pytest.raises(ModelError, match="expected a model that takes"):
+    with pytest.raises(ModelError, match="expected the model to take images"):
         defense(model, broken)
     assert_as_found(model, before)
 

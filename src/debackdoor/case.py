@@ -22,7 +22,7 @@ from debackdoor.detectors.margin import FEWEST_CLASSES
 from debackdoor.errors import ChanceError, DebackdoorError, ModelError, UnsupportedError, check_positive
 from debackdoor.memory import DEFAULT, images_within
 from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy, logits_of, predict, predict_of_any, trusted_precision
+from debackdoor.models.forward import accuracy, in_eval, logits_of, predict, predict_of_any, trusted_precision
 from debackdoor.models.layout import to_faster_layout
 from debackdoor.rnp.modes import norms_that_learn
 from debackdoor.rnp.unlearn import Unlearned, unlearn
@@ -146,7 +146,7 @@ def open_case(
         raise DebackdoorError(f"expected a seed from 0 to 2147483647, got {method.seed!r}; correct it")
     place = resolve_device(device)
     with _learning(AT_FIRST, method.seed, place):
-        suspect, clean = _copied(model).to(place).eval(), clean.to(place)
+        suspect, clean = in_eval(_copied(model).to(place)), clean.to(place)
         check_works(suspect, clean, "fp32" if method.precision == "auto" else method.precision)
         method = replace(method, precision=trusted_precision(suspect, clean.x[:AT_FIRST], method.precision))
         _check_gradient(suspect, clean.x[:FEW])

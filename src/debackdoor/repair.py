@@ -19,6 +19,7 @@ from debackdoor.detectors.words import findings, nothing_found
 from debackdoor.errors import check_fraction
 from debackdoor.memory import DEFAULT
 from debackdoor.models.copying import copied
+from debackdoor.models.forward import in_eval
 from debackdoor.models.layout import set_layout
 from debackdoor.rnp.unlearn import Unlearned
 from debackdoor.types import CleanSet, Progress, RepairResult, Step, Verification
@@ -67,7 +68,7 @@ def repair(
 def handed_back(result: RepairResult, model: nn.Module) -> RepairResult:
     """The result on the caller's device; of a model that was not changed, a copy in which no buffer has moved."""
     with torch.inference_mode(False):
-        final = result.model if result.changed else copied(model).eval()
+        final = result.model if result.changed else in_eval(copied(model))
         return replace(result, model=final.to(device_of(model)))
 
 

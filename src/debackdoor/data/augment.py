@@ -9,24 +9,31 @@ from torch import Tensor
 from debackdoor.runtime import sent
 
 
-def random_shift(x: Tensor, pixels: int, random: torch.Generator) -> Tensor:
+def random_shift_by(x: Tensor, share: float, random: torch.Generator) -> Tensor:
+    """:func:`random_shift` by up to a share of the images' height and of their width."""
+    return random_shift(x, (round(share * x.shape[-2]), round(share * x.shape[-1])), random)
+
+
+def random_shift(x: Tensor, pixels: int | tuple[int, int], random: torch.Generator) -> Tensor:
     """Each image of the batch shifted by up to ``pixels`` in both directions, zero where nothing is left.
 
     The result is contiguous: networks that call ``.view`` take no other layout.
 
     Args:
         x: (N, C, H, W) images in [0, 1].
-        pixels: the largest shift; 0 returns the batch as it is.
+        pixels: the largest shift, or that of rows and that of columns; 0 returns the batch as it is.
         random: a CPU generator.
     """
-    if pixels == 0:
+    down, across = (pixels, pixels) if isinstance(pixels, int) else pixels
+    if down == across == 0:
         return x
     n, _, height, width = x.shape
-    offsets = sent(torch.randint(0, 2 * pixels + 1, (2, n, 1), generator=random), x.device)
+    drawn = [torch.randint(0, 2 * most + 1, (n, 1), generator=random) for most in (down, across)]
+    offsets = sent(torch.stack(drawn), x.device)
     rows = torch.arange(height, device=x.device) + offsets[0]
     columns = torch.arange(width, device=x.device) + offsets[1]
     sample = torch.arange(n, device=x.device)[:, None, None]
-    padded = F.pad(x, (pixels,) * 4).permute(0, 2, 3, 1)
+    padded = F.pad(x, (across, across, down, down)).permute(0, 2, 3, 1)
     return padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debackdoor.data import check_labels, split_clean
-from debackdoor.defenses.base import Defense, check_loss
+from debackdoor.defenses.base import Defense, accuracy_after, check_loss, suspect_copy
 from debackdoor.errors import DataError, TooFewError, check_fraction, check_positive
-from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy, logits_of, predict
+from debackdoor.models.forward import accuracy, in_eval, logits_of, predict
 from debackdoor.runtime import autocast, generator, seeded, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
 
@@ -70,7 +69,7 @@ class ABLUnlearning(Defense):
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
         judges = split_clean(clean, self.holdout, self.seed)[1] if self.holdout else clean
-        climbing = copied(model).eval().requires_grad_(True)
+        climbing = suspect_copy(model, clean, self.precision).requires_grad_(True)
         logits = predict(climbing, judges.x, precision=self.precision)
         self._check_poisoned(clean, logits.shape[1])
         before = accuracy(logits, judges.y)
@@ -85,7 +84,6 @@ class ABLUnlearning(Defense):
         return RepairResult(climbing, (), rates, None, {"unlearn": history}, (step,), changed=bool(kept))
 
     def _check_poisoned(self, clean: CleanSet, classes: int) -> None:
-        check_labels(clean, classes)
         check_labels(self.poisoned, classes)
         wanted, got = tuple(clean.x.shape[1:]), tuple(self.poisoned.x.shape[1:])
         if wanted != got:
@@ -111,7 +109,7 @@ class ABLUnlearning(Defense):
             batches = shuffled_batches(len(self.poisoned), self.batch_size, random, self.poisoned.x.device)
             errors = torch.cat([self._step(model, optimizer, self.poisoned.subset(index)) for index in batches])
             check_loss(float(errors.mean()), f"epoch {epoch}", self.lr)
-            now = accuracy(predict(model.eval(), judges.x, precision=self.precision), judges.y)
+            now = accuracy_after(in_eval(model), judges, self.lr, self.precision)
             kept = self.budget is None or before - now <= self.budget + 1e-9
             row = {"epoch": epoch, "loss": float(errors.mean()), "accuracy": now, "kept": kept}
             history.append(row)

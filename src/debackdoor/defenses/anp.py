@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from debackdoor.channels import MaskableLayer, count_channels, find_channels, masked_call, norms_or_all
 from debackdoor.data import split_clean
-from debackdoor.data.augment import random_shift
-from debackdoor.defenses.base import Defense
+from debackdoor.data.augment import random_shift_by
+from debackdoor.defenses.base import Defense, suspect_copy
 from debackdoor.defenses.levels import BUDGET, HOLDOUT, below_levels, blind_rule, cost, pruned_result, strongest
 from debackdoor.errors import DebackdoorError, check_fraction, check_positive
 from debackdoor.models.copying import copied
@@ -84,7 +84,7 @@ class ANP(Defense):
             raise DebackdoorError(f"expected eps of at least 0, got {self.eps}; the paper takes 0.4")
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
-        model = copied(model).eval()
+        model = suspect_copy(model, clean, self.precision)
         fixed = self.threshold is not None
         fit, holdout = (clean, clean) if fixed else split_clean(clean, self.holdout, self.seed)
         layers, _ = scales_and_shifts(norms_or_all(find_channels(model, fit.x[:2])), model)
@@ -141,7 +141,7 @@ class _Game:
         """One step of the masks against noise that was made for them."""
         s, fit = self.settings, self.fit
         index = sent(torch.randint(len(fit), (s.batch_size,), generator=self.random), fit.x.device)
-        x, y = random_shift(fit.x[index], round(s.shift * fit.x.shape[-1]), self.random), fit.y[index]
+        x, y = random_shift_by(fit.x[index], s.shift, self.random), fit.y[index]
         noise = self._noise(x, y)
         under_noise, slope, _ = self._loss(self._factors() + noise, self.mask, x, y)
         without, gradient, right = self._loss(self._factors(), self.mask, x, y)

@@ -10,8 +10,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from debackdoor.data import check_labels
 from debackdoor.errors import ModelError
+from debackdoor.models.copying import copied
+from debackdoor.models.forward import accuracy, in_eval, predict, predict_of_any
 from debackdoor.types import CleanSet, Progress, RepairResult
+
+_TRIED = 32
+"""Images that a model is tried on before anything is done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,36 @@ class Defense(ABC):
             clean: trusted samples on the model's device.
             progress: called from inside long loops.
         """
+
+
+def suspect_copy(model: nn.Module, clean: CleanSet, precision: str) -> nn.Module:
+    """A copy of the suspect model in eval mode, once it is known that the clean set fits it.
+
+    Raises:
+        ModelError: if its weights are not float32, it does not take the images, or its answers are not finite.
+        DataError: if the clean set has labels that it does not know.
+    """
+    other = next((value.dtype for value in model.parameters() if value.dtype != torch.float32), None)
+    if other is not None:
+        raise ModelError(f"expected float32 weights, got {other}; call model.float() first")
+    suspect = in_eval(copied(model))
+    logits = predict_of_any(suspect, clean.x[:_TRIED], precision=precision)
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError("expected finite outputs on the clean images, got NaN or infinity; the weights are damaged")
+    check_labels(clean, logits.shape[1])
+    return suspect
+
+
+def accuracy_after(model: nn.Module, judges: CleanSet, lr: float, precision: str) -> float:
+    """Accuracy of a model that was trained, in eval mode, as a fraction.
+
+    Raises:
+        ModelError: if its answers are not finite: the last step is one that no loss was computed after.
+    """
+    logits = predict(model, judges.x, precision=precision)
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(f"expected finite outputs after training, got NaN or infinity; take a smaller step than {lr}")
+    return accuracy(logits, judges.y)
 
 
 def check_loss(loss: float, where: str, lr: float) -> None:

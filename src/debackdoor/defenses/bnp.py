@@ -2,8 +2,9 @@
 
 Zheng et al., "Pre-activation Distributions Expose Backdoor Neurons", NeurIPS 2022,
 https://openreview.net/forum?id=wwW-1k1ljIg, the method BNP: a norm's stored statistics come from poisoned training
-images too, so where they differ from those of clean images, a trigger has moved them. As in the authors' code, a
-channel's scale is set to zero and its shift stays; BackdoorBench's copy lacks a factor 1/2 before the logarithm.
+images too, so where they differ from those of clean images, a trigger has moved them. As in the authors' code, the
+clean images are shifted as training images are, whose statistics are stored, and a channel's scale is set to zero and
+its shift stays; BackdoorBench's copy lacks a factor 1/2 before the logarithm.
 """
 
 from __future__ import annotations
@@ -18,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from debackdoor.channels import MaskableLayer, find_channels
-from debackdoor.data import split_clean
-from debackdoor.defenses.base import Defense
+from debackdoor.data.augment import random_shift_by
+from debackdoor.defenses.base import Defense, suspect_copy
 from debackdoor.defenses.levels import (
     BUDGET,
     DEVIATIONS,
-    HOLDOUT,
     blind_rule,
     cost,
     outlier_levels,
@@ -32,8 +32,8 @@ from debackdoor.defenses.levels import (
     strongest,
 )
 from debackdoor.errors import ModelError, check_fraction, check_positive
-from debackdoor.models.copying import copied
 from debackdoor.models.forward import predict
+from debackdoor.runtime import generator
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
 
 
@@ -41,12 +41,13 @@ from debackdoor.types import CleanSet, Progress, RepairResult, Step
 class BNP(Defense):
     """Prunes channels whose stored statistics diverge from those of clean images.
 
+    No label is learned from, so all clean images judge, of the blind rule and of what pruning costs.
+
     Attributes:
         u: standard deviations above a layer's mean divergence from which on a channel is pruned (the authors' code has
             3); None takes the strongest of 10, 9.5, ..., 0.5 within the budget.
-        budget: how far accuracy on the hold-out part may fall where ``u`` is None, a fraction.
-        holdout: share of the clean set that judges and gives no statistics, strictly between 0 and 1; with a ``u``
-            there is nothing to choose, and all images give them.
+        budget: how far accuracy on the clean images may fall where ``u`` is None, a fraction.
+        shift: largest random shift of the images that give statistics, a fraction of their height and width.
 
     Example:
         >>> result = BNP(u=3.0)(model, clean)  # doctest: +SKIP
@@ -56,34 +57,35 @@ class BNP(Defense):
 
     u: float | None = 3.0
     budget: float = BUDGET
-    holdout: float = HOLDOUT
+    shift: float = 0.125
 
     def __post_init__(self) -> None:
         check_positive(u=self.u)
-        check_fraction(budget=self.budget, holdout=self.holdout)
+        check_fraction(budget=self.budget, shift=self.shift)
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
-        model = copied(model).eval()
-        fixed = self.u is not None
-        fit, holdout = (clean, clean) if fixed else split_clean(clean, self.holdout, self.seed)
-        layers, values = divergences(model, fit)
+        model = suspect_copy(model, clean, self.precision)
+        shifted = random_shift_by(clean.x, self.shift, generator(self.seed))
+        layers, values = divergences(model, shifted)
         # A scale of zero hides its channel already, whatever its statistics.
         alive = [model.get_parameter(layer.parameters[0]).detach() != 0 for layer in layers]
         ranking = rank_outliers(layers, values, alive)
-        measure = cost(model, layers, holdout, self.precision)
+        measure = cost(model, layers, clean, self.precision)
         levels = outlier_levels(ranking, DEVIATIONS if self.u is None else (self.u,))
-        choice = strongest(levels, measure, 1.0 if fixed else self.budget, progress=progress)
-        rule = f"{self.u} standard deviations above the layer's mean" if fixed else blind_rule(self.budget)
+        choice = strongest(levels, measure, self.budget if self.u is None else 1.0, progress=progress)
+        rule = f"{self.u} standard deviations above the layer's mean"
+        if self.u is None:
+            rule = blind_rule(self.budget, "clean images")
         scoring = Step("rank", "divergence of batch-norm statistics", {"channels": float(len(ranking))})
         return pruned_result(model, layers, choice, scoring, rule)
 
 
-def divergences(model: nn.Module, images: CleanSet) -> tuple[tuple[MaskableLayer, ...], list[Tensor]]:
+def divergences(model: nn.Module, x: Tensor) -> tuple[tuple[MaskableLayer, ...], list[Tensor]]:
     """The batch norms with stored statistics, and how far each channel's are from those of the images.
 
     Args:
         model: in eval mode; it is left as found.
-        images: clean ones.
+        x: clean images (N, C, H, W).
 
     Returns:
         The layers, and for each a float64 tensor (size,): the Kullback-Leibler divergence, in nats, of the normal
@@ -92,16 +94,14 @@ def divergences(model: nn.Module, images: CleanSet) -> tuple[tuple[MaskableLayer
     Raises:
         ModelError: if no maskable batch norm stores statistics.
     """
-    layers = tuple(
-        layer for layer in find_channels(model, images.x[:2]) if _has_statistics(model.get_submodule(layer.name))
-    )
+    layers = tuple(layer for layer in find_channels(model, x[:2]) if _has_statistics(model.get_submodule(layer.name)))
     if not layers:
         raise ModelError(
             f"expected a model with batch normalisation that stores its statistics, got {type(model).__name__} "
             "without any; use the defence rnp, anp or clp, which need none"
         )
     with _moments(model, layers) as moments:
-        predict(model, images.x, precision="fp32")
+        predict(model, x, precision="fp32")
         return layers, [_divergence(model.get_submodule(layer.name), *moments[layer.name]()) for layer in layers]
 
 

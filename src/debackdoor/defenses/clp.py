@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from debackdoor._graph import NORMS, trace, uses
 from debackdoor.channels import MaskableLayer, find_channels
-from debackdoor.defenses.base import Defense
+from debackdoor.defenses.base import Defense, suspect_copy
 from debackdoor.defenses.levels import (
     BUDGET,
     DEVIATIONS,
@@ -29,7 +29,6 @@ from debackdoor.defenses.levels import (
     strongest,
 )
 from debackdoor.errors import ModelError, check_fraction, check_positive
-from debackdoor.models.copying import copied
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
 
 
@@ -58,7 +57,7 @@ class CLP(Defense):
         check_fraction(budget=self.budget)
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
-        model = copied(model).eval()
+        model = suspect_copy(model, clean, self.precision)
         layers, constants = lipschitz(model, clean.x[:2])
         ranking = rank_outliers(layers, constants, [values > 0 for values in constants])
         measure = cost(model, layers, clean, self.precision)

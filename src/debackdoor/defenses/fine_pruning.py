@@ -18,32 +18,33 @@ from torch import Tensor, nn
 
 from debackdoor._graph import LAYERS
 from debackdoor.channels import MaskableLayer, find_channels, masked_call
-from debackdoor.data import split_clean
-from debackdoor.defenses.base import Defense, differ
+from debackdoor.defenses.base import Defense, differ, suspect_copy
 from debackdoor.defenses.finetune import FineTuning
-from debackdoor.defenses.levels import BUDGET, HOLDOUT, Level, blind_rule, cost, pruning_step, strongest
+from debackdoor.defenses.levels import BUDGET, Level, blind_rule, cost, pruning_step, strongest
 from debackdoor.errors import check_fraction, check_positive
-from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy, predict
+from debackdoor.models.forward import accuracy, in_eval, predict
 from debackdoor.rnp.prune import plan_mask, prune, rank
 from debackdoor.types import CleanSet, Plan, Progress, RepairResult, Step
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinePruning(Defense):
-    """Prunes dormant channels of one layer as far as the hold-out part allows, and fine-tunes what is left.
+    """Prunes dormant channels of one layer as far as the clean images allow, and fine-tunes what is left.
 
     The layer is the last maskable one with feature maps, or the last one where none has. A channel's activation is that
-    of the last feature map that it makes before another layer follows: after a residual sum, if there is one. Masks
-    leave a residual stream's other parts, and a norm's shift, in place. Pruned channels stay at zero in fine-tuning.
+    of the last feature map that it makes before another layer follows: after a residual sum, if there is one. Where a
+    linear layer takes the means or maxima of that map, its weights for a pruned channel are set to zero, so that
+    nothing of the channel is left (as in BackdoorBench). Elsewhere the channel's own weights are, which leaves a
+    residual stream's other parts, and a norm's shift, in place. What was pruned stays at zero in fine-tuning.
+
+    Nothing is learned before fine-tuning, so all clean images rank and judge, and then teach.
 
     Attributes:
         share: of the layer's channels to prune, a fraction; None takes the strongest level within the budget.
         step: between two levels, a fraction of the layer's channels.
-        budget: how far accuracy on the hold-out part may fall by pruning, a fraction.
-        holdout: share of the clean set that judges and is not learned from, strictly between 0 and 1.
+        budget: how far accuracy on the clean images may fall by pruning, a fraction.
         lr: first step size of fine-tuning.
-        epochs: passes over the fit part.
+        epochs: passes over the clean images.
         batch_size: images a step.
 
     Example:
@@ -55,33 +56,34 @@ class FinePruning(Defense):
     share: float | None = None
     step: float = 0.05
     budget: float = BUDGET
-    holdout: float = HOLDOUT
     lr: float = 0.01
     epochs: int = 20
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        check_fraction(share=self.share, step=self.step, budget=self.budget, holdout=self.holdout)
+        check_fraction(share=self.share, step=self.step, budget=self.budget)
         check_positive(step=self.step, lr=self.lr, epochs=self.epochs, batch_size=self.batch_size)
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
-        model = copied(model).eval()
-        fit, holdout = split_clean(clean, self.holdout, self.seed)
-        layers, activation = dormancy(model, fit, self.precision)
+        model = suspect_copy(model, clean, self.precision)
+        layers, activation = dormancy(model, clean, self.precision)
         ranking = rank(layers, activation, ties=activation)
-        measure = cost(model, layers, holdout, self.precision)
+        measure = cost(model, layers, clean, self.precision)
         choice = strongest(
             self._levels(ranking), measure, self.budget if self.share is None else 1.0, progress=progress
         )
         tuning = FineTuning(
             lr=self.lr, epochs=self.epochs, batch_size=self.batch_size, seed=self.seed, precision=self.precision
         )
-        taught = tuning(_Pruned(model, layers, choice.plan), fit, progress=progress)
-        repaired = prune(taught.model.get_submodule("network"), layers, choice.plan).eval()
-        after = accuracy(predict(repaired, holdout.x, precision=self.precision), holdout.y)
-        rule = blind_rule(self.budget) if self.share is None else f"a share of {self.share} of the channels"
+        taught = tuning(_Pruned(model, layers, choice.plan), clean, progress=progress)
+        repaired = in_eval(prune(taught.model.get_submodule("network"), layers, choice.plan))
+        after = accuracy(predict(repaired, clean.x, precision=self.precision), clean.y)
+        rule = f"a share of {self.share} of the channels"
+        if self.share is None:
+            rule = blind_rule(self.budget, "clean images")
+        where = f"mean activation of what {layers[0].name} {'takes' if layers[0].transposed else 'gives'}"
         steps = (
-            Step("rank", f"mean activation of {layers[0].name} on clean images", {"channels": len(ranking)}),
+            Step("rank", f"{where} on clean images", {"channels": len(ranking)}),
             pruning_step(choice, rule),
             Step("fine-tune", taught.steps[0].reason, {"accuracy": after}),
         )
@@ -100,7 +102,9 @@ class FinePruning(Defense):
 
 
 def dormancy(model: nn.Module, images: CleanSet, precision: str) -> tuple[tuple[MaskableLayer], Tensor]:
-    """The last maskable layer with feature maps, or else the last one, and its channels' mean activation.
+    """What to prune, and the mean activation of the channels.
+
+    They are those of the last maskable layer with feature maps, or else of the last one.
 
     Args:
         model: in eval mode; it is left as found.
@@ -108,13 +112,16 @@ def dormancy(model: nn.Module, images: CleanSet, precision: str) -> tuple[tuple[
         precision: ``auto``, ``fp32`` or ``bf16``.
 
     Returns:
-        The layer in a tuple, and a float64 tensor (size,): the mean of the positive part over images and places.
+        In a tuple, the linear layer whose inputs are these channels' means or maxima, as one that is masked along its
+        inputs; where there is none, the channels' own layer. And a float64 tensor (size,): the mean of the positive
+        part over images and places.
     """
     layers = find_channels(model, images.x[:2])
     with _outputs(model, layers) as latest:
         predict(model, images.x[:2], precision=precision)
         spatial = [layer for layer in layers if layer.kind != "linear" and latest(layer).ndim > 2]
     layer = (spatial or list(layers))[-1]
+    followed = _followed_by(model, layer, images.x[:2])
     total = torch.zeros(layer.size, dtype=torch.double, device=images.x.device)
     with _outputs(model, (layer,)) as latest:
         for batch in images.x.split(500):
@@ -122,7 +129,35 @@ def dormancy(model: nn.Module, images: CleanSet, precision: str) -> tuple[tuple[
             out = latest(layer).double().relu()
             axis = -1 if layer.kind == "linear" else 1
             total += out.movedim(axis, 0).flatten(1).mean(1) * len(batch)
-    return (layer,), total / len(images)
+    return (followed or layer,), total / len(images)
+
+
+def _followed_by(model: nn.Module, layer: MaskableLayer, x: Tensor) -> MaskableLayer | None:
+    """The linear layer whose inputs are means or maxima of the channels that ``layer`` makes, if there is one."""
+    found: list[nn.Linear] = []
+
+    def look(module: nn.Linear, args: tuple[Any, ...]) -> None:
+        if not ran or latest(layer).ndim != 4 or args[0].shape != latest(layer).shape[:2]:
+            return
+        maps = (latest(layer), latest(layer).relu())  # where the network calls no module for the latter
+        pooled = [pool(each, (2, 3)) for each in maps for pool in (torch.mean, torch.amax)]
+        if any(torch.allclose(args[0], one, rtol=1e-3, atol=1e-5) for one in pooled):
+            found.append(module)
+
+    ran: list[bool] = []
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    hooks = [module.register_forward_pre_hook(look) for module in linear]
+    hooks.append(model.get_submodule(layer.name).register_forward_hook(lambda *_: ran.append(True)))
+    try:
+        with _outputs(model, (layer,)) as latest:
+            predict(model, x, precision="fp32")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(found) != 1:
+        return None
+    name = next(name for name, module in model.named_modules() if module is found[0])
+    return MaskableLayer(name, "linear", found[0].in_features, (f"{name}.weight",), transposed=True)
 
 
 @contextmanager

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from debackdoor.data import check_labels, split_clean
-from debackdoor.defenses.base import Defense, check_loss
+from debackdoor.data import split_clean
+from debackdoor.defenses.base import Defense, accuracy_after, check_loss, suspect_copy
 from debackdoor.errors import DebackdoorError, check_fraction, check_positive
-from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, logits_of, predict
 from debackdoor.runtime import autocast, generator, sent, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
@@ -78,14 +77,13 @@ class IBAU(Defense):
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
         fit, judges = split_clean(clean, self.holdout, self.seed) if self.holdout else (clean, clean)
-        repaired = copied(model).eval().requires_grad_(True)
-        logits = predict(repaired, judges.x, precision=self.precision)
-        check_labels(clean, logits.shape[1])
+        repaired = suspect_copy(model, clean, self.precision).requires_grad_(True)
+        before = accuracy(predict(repaired, judges.x, precision=self.precision), judges.y)
         history = self._unlearn(repaired, fit, progress)
         for name, parameter in model.named_parameters():
             repaired.get_parameter(name).requires_grad_(parameter.requires_grad)
-        after = accuracy(predict(repaired, judges.x, precision=self.precision), judges.y)
-        rates = {"before": accuracy(logits, judges.y), "after": after}
+        after = accuracy_after(repaired, judges, self.lr, self.precision)
+        rates = {"before": before, "after": after}
         step = Step("unlearn", f"{self.rounds} rounds at a step size of {self.lr}", {"accuracy": after})
         return RepairResult(repaired, (), rates, None, {"unlearn": history}, (step,), changed=True)
 

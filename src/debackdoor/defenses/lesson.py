@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debackdoor.channels import MaskableLayer, masked_call
-from debackdoor.data.augment import mixed, random_shift, random_view
+from debackdoor.data.augment import mixed, random_shift_by, random_view
 from debackdoor.detectors.perturbations import Sizes
 from debackdoor.detectors.squares import Square, stamped
 from debackdoor.detectors.universal import Aim, UniversalSearch
 from debackdoor.errors import check_positive
 from debackdoor.fusing import fused
 from debackdoor.models.copying import copied
-from debackdoor.models.forward import hits, logits_of
+from debackdoor.models.forward import hits, in_eval, logits_of
 from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.rnp.prune import plan_mask, prune
 from debackdoor.runtime import autocast, generator, parts, sent, shuffled_batches, to_report
@@ -169,7 +169,7 @@ class Lesson:
         history.extend({"lr": s.lr, "step": step, "loss": loss} for step, loss in enumerate(found, start=1))
         for name, parameter in self.teacher.named_parameters():
             self.parameters[name].requires_grad_(parameter.requires_grad)
-        return prune(self.student, self.layers, self.plan).eval()
+        return in_eval(prune(self.student, self.layers, self.plan))
 
     def _draw(self) -> Batch:
         s, fit = self.settings, self.fit
@@ -191,7 +191,7 @@ class Lesson:
 
     def _shifted(self, index: Tensor) -> Tensor:
         x = self.fit.x[index]
-        return random_shift(x, round(self.settings.shift * x.shape[-1]), self.random)
+        return random_shift_by(x, self.settings.shift, self.random)
 
     def _step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One step of the student and one of the triggers against it; the loss, and the accuracy on clean images."""

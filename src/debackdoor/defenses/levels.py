@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from debackdoor.channels import MaskableLayer, locate, masked_call
 from debackdoor.defenses.base import differ
-from debackdoor.models.forward import predict
+from debackdoor.models.forward import in_eval, predict
 from debackdoor.rnp.prune import plan_mask, prune
 from debackdoor.types import CleanSet, Plan, PlannedChannel, Progress, RepairResult, Step
 
-HOLDOUT = 0.5
-"""Share of the clean set that judges and is not learned from."""
+HOLDOUT = 0.25
+"""Share of the clean set that judges and is not learned from, as in a repair."""
 BUDGET = 0.02
 """How far accuracy on the hold-out part may fall, a fraction."""
 DEVIATIONS = tuple(step / 2 for step in range(20, 0, -1))
@@ -174,7 +174,7 @@ def pruned_result(
         rule: how the level was chosen, for the record.
         history: of the scoring.
     """
-    repaired = prune(model, layers, choice.plan).eval()
+    repaired = in_eval(prune(model, layers, choice.plan))
     rates = {"before": choice.before, "after": choice.after}
     rows = {**(history or {}), "levels": choice.history}
     steps = (scoring, pruning_step(choice, rule))

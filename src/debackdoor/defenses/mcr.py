@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from debackdoor.data import split_clean
+from debackdoor.data.augment import random_shift_by
 from debackdoor.defenses.finetune import FineTuning
 from debackdoor.defenses.levels import BUDGET, HOLDOUT
 from debackdoor.defenses.tuning import Rows, Tuned, Tuning
 from debackdoor.errors import check_fraction, check_positive
 from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy, logits_of, predict
+from debackdoor.models.forward import accuracy, in_eval, logits_of, predict
 from debackdoor.models.stateless import call_with
 from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.runtime import autocast, generator, shuffled_batches
@@ -48,7 +49,7 @@ class MCR(Tuning):
 
     Attributes:
         t: which: 0 is the suspect model, 1 the fine-tuned copy (published: 0.1); None takes the largest of its places
-            up to the middle within the budget, on half of the images, which do not teach then.
+            up to the middle within the budget, on a quarter of the images, which do not teach then.
         budget: how far accuracy on these may fall, a fraction.
         lr: step size with which the curve's middle point is trained.
         epochs: how long.
@@ -88,14 +89,14 @@ class MCR(Tuning):
                 for name, value in on_curve(start, middle, end, t).items():
                     model.get_parameter(name).copy_(value)
             self._measure_statistics(model, fit)
-            return model.eval()
+            return in_eval(model)
 
         t = self.t if judges is None else self._furthest(suspect, at, judges)
         steps = (
             Step("fine-tune", f"the other end, {self.tuning_epochs} epochs", tuned.steps[0].numbers),
             Step("connect", f"{self.epochs} epochs, {_taken(t)}", history[-1]),
         )
-        return Tuned(suspect if t is None else at(t), {**tuned.history, self.name: history}, steps)
+        return Tuned(suspect if t is None else at(t), {**tuned.history, self.name: history}, steps, judges)
 
     def _connect(
         self, model: nn.Module, start: Weights, end: Weights, fit: CleanSet, progress: Progress | None
@@ -129,7 +130,10 @@ class MCR(Tuning):
 
     @torch.no_grad()
     def _measure_statistics(self, model: nn.Module, fit: CleanSet) -> None:
-        """Replaces running means and variances, which are another model's, by the averages over one pass."""
+        """Replaces running means and variances, which are another model's, by the averages over one pass.
+
+        Its images are shifted as those are that the curve is trained on: networks store the statistics of such.
+        """
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
         kept = [(norm, norm.momentum, copy.deepcopy(norm.num_batches_tracked)) for norm in norms]
         if not kept:
@@ -138,9 +142,10 @@ class MCR(Tuning):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a plain average
-        for index in shuffled_batches(len(fit), self.batch_size, generator(self.seed), fit.x.device):
+        random = generator(self.seed)
+        for index in shuffled_batches(len(fit), self.batch_size, random, fit.x.device):
             with autocast(fit.x.device, self.precision):
-                model(fit.x[index])
+                model(random_shift_by(fit.x[index], self.shift, random))
         for norm, momentum, tracked in kept:
             norm.momentum, norm.num_batches_tracked = momentum, tracked
 

@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from debackdoor.data import check_labels, split_clean
-from debackdoor.data.augment import random_shift
-from debackdoor.defenses.base import Defense, check_loss
+from debackdoor.data import split_clean
+from debackdoor.data.augment import random_shift_by
+from debackdoor.defenses.base import Defense, accuracy_after, check_loss, suspect_copy
 from debackdoor.detectors.neural_cleanse import OUTLYING, Anomalies, neural_cleanse, published
 from debackdoor.errors import check_fraction, check_positive
-from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy, logits_of, predict
+from debackdoor.models.forward import accuracy, in_eval, logits_of, predict
 from debackdoor.runtime import autocast, generator, seeded, sent, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RecoveredTrigger, RepairResult, Step
 
@@ -70,9 +69,8 @@ class NCUnlearning(Defense):
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
         fit, judges = split_clean(clean, self.holdout, self.seed) if self.holdout else (clean, clean)
-        repaired = copied(model).eval().requires_grad_(False)
+        repaired = suspect_copy(model, clean, self.precision).requires_grad_(False)
         logits = predict(repaired, judges.x, precision=self.precision)
-        check_labels(clean, logits.shape[1])
         found = self._find(repaired, fit, judges, logits.shape[1], progress)
         smallest = int(np.argmin([trigger.l1 for trigger in found.triggers]))
         trigger, index = found.triggers[smallest], found.indices[smallest]
@@ -82,7 +80,7 @@ class NCUnlearning(Defense):
         after, changed = before, index >= self.outlying or self.always
         if changed:
             history["fine-tune"] = self._fine_tune(repaired, fit, trigger, progress)
-            after = accuracy(predict(repaired, judges.x, precision=self.precision), judges.y)
+            after = accuracy_after(repaired, judges, self.lr, self.precision)
             steps.append(Step("fine-tune", self._why(index), {"accuracy": after}))
         else:
             steps.append(Step("nothing", f"an anomaly index below {self.outlying}", {"accuracy": after}))
@@ -110,7 +108,7 @@ class NCUnlearning(Defense):
         model.requires_grad_(True).train()
         with seeded(self.seed, fit.x.device):
             history = self._train(model, fit, trigger, progress)
-        model.eval().zero_grad(set_to_none=True)
+        in_eval(model).zero_grad(set_to_none=True)
         return history
 
     def _train(
@@ -124,7 +122,7 @@ class NCUnlearning(Defense):
             carries = sent(carries, fit.x.device)
             total, seen = torch.zeros((), dtype=torch.float64, device=fit.x.device), 0
             for index in shuffled_batches(len(fit), self.batch_size, random, fit.x.device):
-                x = random_shift(fit.x[index], round(self.shift * fit.x.shape[-1]), random)
+                x = random_shift_by(fit.x[index], self.shift, random)
                 x = torch.where(carries[index], trigger.apply(x), x)
                 with autocast(x.device, self.precision):
                     logits = logits_of(model(x)).float()

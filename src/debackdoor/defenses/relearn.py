@@ -22,7 +22,7 @@ from debackdoor.channels import MaskableLayer
 from debackdoor.defenses.lesson import Lesson, RelearnSettings
 from debackdoor.detectors.squares import Square
 from debackdoor.detectors.universal import Aim
-from debackdoor.models.forward import predict
+from debackdoor.models.forward import in_eval, predict
 from debackdoor.rnp.prune import prune
 from debackdoor.types import CleanSet, Plan, Progress
 
@@ -80,7 +80,7 @@ def relearn(
     """
     s = settings or RelearnSettings()
     right = _right(model, holdout, precision)
-    pruned = prune(model, layers, plan).eval()
+    pruned = in_eval(prune(model, layers, plan))
     history: list[dict[str, Any]] = []
     for attempt in range(s.tries):
         tried = replace(s, lr=s.lr / 2**attempt)

@@ -15,11 +15,10 @@ from torch import nn
 
 from debackdoor.channels import MaskableLayer, find_channels, norms_or_all
 from debackdoor.data import split_clean
-from debackdoor.defenses.base import Defense
+from debackdoor.defenses.base import Defense, suspect_copy
 from debackdoor.errors import check_fraction
 from debackdoor.fusing import fused_under_masks
-from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy, predict
+from debackdoor.models.forward import accuracy, in_eval, predict
 from debackdoor.rnp.prune import Cost, below, plan_mask, prune, rank, spared
 from debackdoor.rnp.recover import Recovered, RecoverSettings, recover
 from debackdoor.rnp.unlearn import Unlearned, UnlearnSettings, unlearn
@@ -93,7 +92,7 @@ class RNP(Defense):
         return cls(threshold=threshold, unlearning=unlearning, seed=seed, precision=precision)
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
-        model = copied(model).eval()
+        model = suspect_copy(model, clean, self.precision)
         # With a fixed threshold nothing is left to be chosen, so nothing is held out.
         fit, holdout = (clean, clean) if self.threshold is not None else split_clean(clean, seed=self.seed)
         exposure = self.expose(model, fit, progress=progress)
@@ -132,7 +131,7 @@ class RNP(Defense):
 
     def remove(self, model: nn.Module, exposure: Exposure, plan: Plan, holdout: CleanSet) -> RepairResult:
         """Stage 3: the pruned copy, and what it costs on the hold-out part."""
-        repaired = prune(model, exposure.layers, plan).eval()
+        repaired = in_eval(prune(model, exposure.layers, plan))
         before, after = (
             accuracy(predict(m, holdout.x, precision=self.precision), holdout.y) for m in (model, repaired)
         )

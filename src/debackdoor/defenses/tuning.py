@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from debackdoor.data import split_clean
-from debackdoor.data.augment import random_shift
-from debackdoor.defenses.base import Defense, check_loss, differ
+from debackdoor.data.augment import random_shift_by
+from debackdoor.defenses.base import Defense, accuracy_after, check_loss, differ, suspect_copy
 from debackdoor.errors import check_fraction, check_positive
 from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy, predict
+from debackdoor.models.forward import accuracy, in_eval, predict
 from debackdoor.runtime import generator, seeded, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
 
@@ -27,11 +27,19 @@ Backward = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What a method makes of its copy of the model: the model, numbers over time, and what was done."""
+    """What a method makes of its copy of the model.
+
+    Attributes:
+        model: the copy, or another.
+        history: numbers over time.
+        steps: what was done.
+        judges: images that it did not learn from, where it held out some itself.
+    """
 
     model: nn.Module
     history: Mapping[str, Rows]
     steps: tuple[Step, ...]
+    judges: CleanSet | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,15 +72,14 @@ class Tuning(Defense):
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
         fit, judges = split_clean(clean, self.holdout, self.seed) if self.holdout else (clean, clean)
-        suspect = copied(model).eval()
+        suspect = suspect_copy(model, clean, self.precision)
         with seeded(self.seed, fit.x.device):
             tuned = self._tune(copied(suspect).requires_grad_(True), fit, progress)
         for name, parameter in model.named_parameters():
             tuned.model.get_parameter(name).requires_grad_(parameter.requires_grad).grad = None
-        before, after = (
-            accuracy(predict(m, judges.x, precision=self.precision), judges.y) for m in (suspect, tuned.model.eval())
-        )
-        rates = {"before": before, "after": after}
+        judges = judges if tuned.judges is None else tuned.judges
+        before = accuracy(predict(suspect, judges.x, precision=self.precision), judges.y)
+        rates = {"before": before, "after": accuracy_after(in_eval(tuned.model), judges, self.lr, self.precision)}
         changed = differ(suspect, tuned.model)
         return RepairResult(tuned.model, (), rates, None, tuned.history, tuned.steps, changed)
 
@@ -112,7 +119,7 @@ class Tuning(Defense):
                 group["lr"] = self._lr(epoch)
             total, seen = torch.zeros((), dtype=torch.float64, device=fit.x.device), 0
             for index in shuffled_batches(len(fit), self.batch_size, random, fit.x.device):
-                x = random_shift(fit.x[index], round(self.shift * fit.x.shape[-1]), random)
+                x = random_shift_by(fit.x[index], self.shift, random)
                 optimizer.zero_grad(set_to_none=True)
                 loss = backward(x, fit.y[index])
                 optimizer.step()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from debackdoor._graph import LAYERS, classifier_outputs, trace
 from debackdoor.defenses.tuning import Tuned, Tuning
 from debackdoor.errors import ModelError, check_positive
-from debackdoor.models.forward import accuracy, eval_mode, logits_of, predict
+from debackdoor.models.forward import accuracy, eval_mode, in_eval, logits_of, predict
 from debackdoor.rnp.unlearn import UnlearnSettings, unlearn
 from debackdoor.runtime import autocast, generator
 from debackdoor.types import CleanSet, Progress, Step
@@ -94,7 +94,7 @@ class ULRL(Tuning):
         numbers = dict(history[-1])
         restarted = torch.isin(fit.y, torch.tensor(rows, dtype=torch.int64, device=fit.y.device))
         if restarted.any():
-            logits = predict(model.eval(), fit.x[restarted], precision=self.precision)
+            logits = predict(in_eval(model), fit.x[restarted], precision=self.precision)
             numbers["restarted_accuracy"] = accuracy(logits, fit.y[restarted])
         steps = (
             Step("unlearn", unlearned.reason, {"accuracy": unlearned.accuracy}),

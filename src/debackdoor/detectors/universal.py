@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debackdoor.data.augment import random_shift
+from debackdoor.data.augment import random_shift_by
 from debackdoor.detectors.perturbations import KINDS, Additive, Patch, Perturbations, Sizes
 from debackdoor.models.forward import logits_of, predict_changed
 from debackdoor.runtime import at_most, autocast, generator, sent, to_report
@@ -126,7 +126,7 @@ class UniversalSearch:
         drawn = sent(torch.randint(len(fit), (len(index),), generator=self.random), fit.x.device)
         sums, loss = [torch.zeros_like(value) for value in self.parameters], torch.zeros((), device=fit.x.device)
         for some, which in zip(drawn.split(at_most(AT_ONCE)), index.split(at_most(AT_ONCE)), strict=True):
-            x = random_shift(fit.x[some], round(fit.x.shape[-1] / 16), self.random)
+            x = random_shift_by(fit.x[some], 1 / 16, self.random)
             with autocast(x.device, precision):
                 logits = logits_of(model(self.apply(x, which))).float()
             part = self.loss(logits, fit.y[some], which) / images

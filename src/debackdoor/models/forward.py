@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from debackdoor.errors import DebackdoorError, ModelError
 from debackdoor.runtime import answered_at_once, at_most, autocast, has_fast_bf16
+
+Network = TypeVar("Network", bound=nn.Module)
 
 AGREEMENT = 0.9
 """The least share of answers that has to be the same in half precision."""
@@ -81,6 +83,12 @@ def predict_changed(
     """
     parts = x.split(answered_at_once(x.device))
     return torch.cat([predict(model, change(part), precision=precision) for part in parts])
+
+
+def in_eval(model: Network) -> Network:
+    """The model itself, in eval mode: a network's own ``train`` need not return it, as torch's ``eval`` expects."""
+    model.eval()
+    return model
 
 
 @contextmanager

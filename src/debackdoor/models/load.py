@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from debackdoor.checkpoint import Checkpoint, load_into, read_checkpoint
 from debackdoor.errors import CheckpointError, ModelError
+from debackdoor.models.forward import in_eval
 from debackdoor.models.head import infer_num_classes
 from debackdoor.models.normalize import Normalized, unwrap
 from debackdoor.models.renamed import with_names_of
@@ -66,7 +67,7 @@ def open_model(
         _check_class_count(checkpoint, num_classes)
         raise
     _check_floats(network, checkpoint)
-    return LoadedModel(_normalised(network, mean, std).eval(), checkpoint, arch, classes)
+    return LoadedModel(in_eval(_normalised(network, mean, std)), checkpoint, arch, classes)
 
 
 def load_model(

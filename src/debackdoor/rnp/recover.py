@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debackdoor.channels import MaskableLayer, count_channels, masked_call
-from debackdoor.data.augment import random_shift
+from debackdoor.data.augment import random_shift_by
 from debackdoor.errors import check_positive
 from debackdoor.models.forward import hits
 from debackdoor.rnp.modes import normalisation_in_train_mode
@@ -91,7 +91,7 @@ def recover(
             loss_sum = right = torch.zeros((), dtype=torch.float64, device=fit.x.device)
             seen = 0
             for index in shuffled_batches(len(fit), settings.batch_size, random, fit.x.device):
-                x, y = random_shift(fit.x[index], round(settings.shift * fit.x.shape[-1]), random), fit.y[index]
+                x, y = random_shift_by(fit.x[index], settings.shift, random), fit.y[index]
                 mask.grad = torch.zeros_like(mask)
                 for part in parts(len(x)):
                     with autocast(x.device, precision):

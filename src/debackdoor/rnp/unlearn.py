@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debackdoor.data.augment import random_shift
+from debackdoor.data.augment import random_shift_by
 from debackdoor.errors import check_positive
 from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy, label_shares, logits_of, predict
+from debackdoor.models.forward import accuracy, in_eval, label_shares, logits_of, predict
 from debackdoor.rnp.modes import normalisation_in_train_mode, require_norm_gradients
 from debackdoor.runtime import autocast, generator, parts, shuffled_batches
 from debackdoor.types import CleanSet, Progress
@@ -121,7 +121,7 @@ def unlearn(
             progress("unlearn", climb.steps, limit, {"accuracy": climb.now.accuracy})
     end = climb.peak if reason == "piled up" and climb.peak is not None else climb.now
     climb.model.load_state_dict(end.weights)
-    return Unlearned(climb.model.eval(), reason, end.accuracy, end.shares, climb.history)
+    return Unlearned(in_eval(climb.model), reason, end.accuracy, end.shares, climb.history)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class _Climb:
         self._restart()
 
     def _measure(self) -> _State:
-        logits = predict(self.model.eval(), self.asked.x, precision=self.precision)
+        logits = predict(in_eval(self.model), self.asked.x, precision=self.precision)
         weights = copy.deepcopy(self.model.state_dict())
         return _State(weights, accuracy(logits, self.asked.y), label_shares(logits), bool(torch.isfinite(logits).all()))
 
@@ -180,7 +180,7 @@ class _Climb:
                 self._set_lr(self.lr / 10)
 
     def _step(self, index: Tensor) -> None:
-        x = random_shift(self.fit.x[index], round(self.settings.shift * self.fit.x.shape[-1]), self.random)
+        x = random_shift_by(self.fit.x[index], self.settings.shift, self.random)
         y, total = self.fit.y[index], torch.zeros_like(self.loss)
         self.optimizer.zero_grad(set_to_none=True)
         for part in parts(len(x)):
