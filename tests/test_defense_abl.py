@@ -99,8 +99,10 @@ def test_the_clean_set_teaches_nothing_and_its_hold_out_part_judges() -> None:
     spy, clean = Spy(victim()), row_images()
     result = ABLUnlearning(poisoned=poisoned(clean), epochs=2, batch_size=100, seed=3, precision="fp32")(spy, clean)
     _, judges = split_clean(clean, 0.25, 3)
-    assert [len(x) for training, x in spy.heard if not training] == [12] * 3
-    assert all(torch.equal(x, judges.x) for training, x in spy.heard if not training)
+    tried, *asked = [x for training, x in spy.heard if not training]
+    assert torch.equal(tried, clean.x[:32])
+    assert len(asked) == 3
+    assert all(torch.equal(x, judges.x) for x in asked)
     taught = [x for training, x in spy.heard if training]
     assert [len(x) for x in taught] == [36, 36]
     assert all(torch.allclose(x.sum(0), stamped(clean).sum(0)) for x in taught)
@@ -108,7 +110,7 @@ def test_the_clean_set_teaches_nothing_and_its_hold_out_part_judges() -> None:
     assert result.clean_accuracy == {"before": 1.0, "after": right(result.model, judges)}
     everything = Spy(victim())
     ABLUnlearning(poisoned=poisoned(clean), epochs=1, holdout=0.0, precision="fp32")(everything, clean)
-    assert [len(x) for training, x in everything.heard if not training] == [48] * 2
+    assert [len(x) for training, x in everything.heard if not training] == [32, 48, 48]
 
 
 def test_the_callers_model_is_left_alone_and_the_seed_decides() -> None:
@@ -157,5 +159,5 @@ def test_shares_out_of_range_are_refused(name: str) -> None:
 
 def test_a_step_size_that_is_far_too_large_is_told_of() -> None:
     defense = ABLUnlearning(poisoned=first_class(), lr=1e38, budget=None, precision="fp32")
-    with pytest.raises(ModelError, match=r"finite loss, got (nan|inf) in epoch \d+.*smaller step size"):
+    with pytest.raises(ModelError, match=r"smaller step"):
         defense(TwoPixels(), two_pixel_set())

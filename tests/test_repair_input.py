@@ -67,7 +67,7 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Callable[[], CleanSet], type[Excep
     ),
     "chance": (
         quadrants, lambda: relabelled(torch.arange(80) // 4 % 4), ModelError,
-        "accuracy 25.0%, no better than chance; .*normalised images \\(--mean and --std\\)",
+        "accuracy 25.0%, no better than chance; .*images of 8x8 pixels, and .* normalised \\(--mean and --std\\)",
     ),
     "labels in another order": (quadrants, lambda: relabelled((torch.arange(80) + 1) % 4), ModelError, "accuracy 0.0%"),
     "the larger class is no skill": (

@@ -66,13 +66,13 @@ def test_a_record_holds_what_decides_it(registry: Registry, stand_in: StandIn) -
     row = {"path": path, "num_classes": 2, "mean": "0.1 0.2 0.3", "std": "1 1 1", "limit": 40, "seed": 5}
     (entry,) = read_manifest(registry.manifest([row]))
     (result,) = run(registry, [entry], limit=20, seed=1, device="cpu", precision="fp32").values()
-    assert stand_in.scans == [{"images": 40, "seed": 5, "device": "cpu", "precision": "fp32"}]
+    assert stand_in.scans == [{"images": 40, "seed": 5, "device": "cpu", "precision": "fp32", "memory": 6.0}]
     record = registry.record("a")
     assert (record["checkpoint"], record["sha256"]) == (entry.path, sha256_of(entry.path))
     assert (record["name"], record["data"], record["clean_images"]) == ("a", entry.clean, 40)
     assert record["options"] == {
         "arch": entry.arch, "clean": entry.clean, "num_classes": 2, "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0],
-        "limit": 40, "seed": 5, "device": "cpu", "precision": "fp32",
+        "limit": 40, "seed": 5, "device": "cpu", "precision": "fp32", "memory": 6.0, "deterministic": False,
     }  # fmt: skip
     assert (result.path, result.arch, result.verdict, result.score) == (path, "nets/net.py:make", "backdoored", 2.56)
     assert (result.suspect_labels, result.message, result.error) == ((1,), record["message"], None)
@@ -138,7 +138,7 @@ def test_a_rerun_scans_nothing_again(registry: Registry, stand_in: StandIn) -> N
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"limit": 40}, {"device": "cpu"}, {"precision": "fp32"}],
+    [{"seed": 1}, {"limit": 40}, {"device": "cpu"}, {"precision": "fp32"}, {"memory": 3.0}],
     ids=lambda change: next(iter(change)),
 )
 def test_other_options_are_another_scan(registry: Registry, stand_in: StandIn, change: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from channel_cases import assert_as_found, snapshot
 from debackdoor.defenses import Defense
-from debackdoor.errors import DataError
+from debackdoor.errors import DataError, ModelError
 from debackdoor.types import CleanSet, RepairResult
 from shortcut_cases import CLASSES, SIZE, SWITCH, row_images, switched_to
 
@@ -102,7 +102,7 @@ def check_leaves_the_model_alone(defense: Defense, again: Defense, other: Defens
         DataError, match=f"labels of 0 to {CLASSES - 1} for a model of {CLASSES} classes, got {CLASSES}"
     ):
         defense(model, CleanSet(clean.x, clean.y + 1))
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ModelError, match="expected the model to take images"):
         defense(model, CleanSet(torch.zeros(len(clean), 1, SIZE, SIZE + 1), clean.y))
     assert_as_found(model, before)
 

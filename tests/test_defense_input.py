@@ -1,0 +1,64 @@
+"""What every defence refuses before it does anything, and networks of odd habits that all of them take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from debackdoor.bench.methods import METHODS
+from debackdoor.defenses import CLP, RNP, ABLUnlearning, FinePruning, FineTuning
+from debackdoor.errors import DataError, ModelError
+from debackdoor.types import CleanSet, RepairResult
+from prune_cases import clean_images, victim
+
+Run = Callable[[nn.Module, CleanSet, int], RepairResult]
+RUNS: dict[str, Run] = {name: method.run for name, method in METHODS.items() if name != "rnp"}
+RUNS["rnp"] = lambda model, clean, seed: RNP(seed=seed)(model, clean)
+RUNS["abl"] = lambda model, clean, seed: ABLUnlearning(poisoned=clean_images(8), seed=seed)(model, clean)
+
+
+class NoReturn(nn.Sequential):
+    """Its ``train`` returns nothing, as of many networks that keep their norms frozen."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_labels_that_the_model_does_not_know(name: str) -> None:
+    clean = clean_images()
+    with pytest.raises(DataError, match="labels of 0 to 1 for a model of 2 classes, got 7"):
+        RUNS[name](victim(), CleanSet(clean.x, clean.y * 7), 0)
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_weights_of_another_precision(name: str, dtype: torch.dtype) -> None:
+    with pytest.raises(ModelError, match=f"expected float32 weights, got {dtype}"):
+        RUNS[name](victim().to(dtype), clean_images(), 0)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_weights_that_are_no_numbers(name: str) -> None:
+    model = victim()
+    with torch.no_grad():
+        model[4].bias[0] = float("nan")
+    with pytest.raises(ModelError, match="expected finite outputs on the clean images, got NaN"):
+        RUNS[name](model, clean_images(), 0)
+
+
+@pytest.mark.parametrize("defense", [FineTuning(epochs=1), CLP(), FinePruning(epochs=1), RNP.published()])
+def test_a_network_whose_train_returns_nothing(defense: FineTuning | CLP | FinePruning | RNP) -> None:
+    model = NoReturn(*victim())
+    model.eval()
+    result = defense(model, clean_images())
+    assert not any(module.training for module in result.model.modules())
+
+
+@pytest.mark.parametrize("defense", [FineTuning(epochs=1, batch_size=64, lr=1e38, precision="fp32")])
+def test_a_last_step_that_breaks_the_model_is_told_of(defense: FineTuning) -> None:
+    with pytest.raises(ModelError, match=r"finite .*take a smaller step"):
+        defense(victim(), clean_images())
