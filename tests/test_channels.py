@@ -10,11 +10,12 @@ import toys
 from channel_cases import CASES, Factory, assert_as_found, images, snapshot
 from debackdoor.channels import (
     MaskableLayer,
+    all_channels,
     count_channels,
     find_channels,
     flat_index,
+    flat_indices,
     layer_slices,
-    locate,
     mask_parameters,
     masked_call,
 )
@@ -149,8 +150,8 @@ LAYERS = (MaskableLayer("a", "norm", 2, ("a.weight",)), MaskableLayer("b", "conv
 def test_flat_indices_and_back() -> None:
     assert count_channels(LAYERS) == 5
     assert layer_slices(LAYERS) == {"a": slice(0, 2), "b": slice(2, 5)}
-    assert [locate(LAYERS, i) for i in range(5)] == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("b", 2)]
-    assert [flat_index(LAYERS, *locate(LAYERS, i)) for i in range(5)] == [0, 1, 2, 3, 4]
+    assert all_channels(LAYERS) == [("a", 0), ("a", 1), ("b", 0), ("b", 1), ("b", 2)]
+    assert flat_indices(LAYERS, all_channels(LAYERS)) == [0, 1, 2, 3, 4]
 
 
 def test_mask_parameters_returns_only_what_it_scales() -> None:
@@ -166,6 +167,13 @@ def test_mask_parameters_returns_only_what_it_scales() -> None:
     assert masked["b.bias"].tolist() == [0.0, 4.0, 3.0]
 
 
+def test_a_bias_that_two_layers_share_gets_the_masks_of_both() -> None:
+    layers = tuple(MaskableLayer(name, "conv", 2, (f"{name}.weight", "a.bias")) for name in ("a", "b"))
+    parameters = {"a.weight": torch.ones(2, 1), "b.weight": torch.ones(2, 1), "a.bias": torch.tensor([3.0, 5.0])}
+    masked = mask_parameters(layers, torch.tensor([0.0, 1.0, 1.0, 0.5]), parameters)
+    assert masked["a.bias"].tolist() == [0.0, 2.5]
+
+
 def test_gradients_reach_parameters_that_are_given() -> None:
     model, x = toys.conv_plain(), torch.ones(1, 1, 2, 2)
     parameters = {name: value.detach().clone().requires_grad_() for name, value in model.named_parameters()}
@@ -173,12 +181,6 @@ def test_gradients_reach_parameters_that_are_given() -> None:
     assert parameters["0.weight"].grad is not None
     assert parameters["0.weight"].grad.flatten().tolist() == [0.5, 0.0]
     assert model[0].weight.grad is None
-
-
-@pytest.mark.parametrize("bad", [-1, 5])
-def test_a_place_outside_the_mask_is_refused(bad: int) -> None:
-    with pytest.raises(ModelError, match=f"expected a channel from 0 to 4, got {bad}"):
-        locate(LAYERS, bad)
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 
 from data_cases import make_folder, one_sentence
 from debackdoor.data import check_clean_set, check_labels, load_clean, load_dataset, split_clean
+from debackdoor.data.augment import random_shift, random_shift_by
 from debackdoor.data.named import named_folder
 from debackdoor.data.sampling import balanced_sample
 from debackdoor.errors import DataError
@@ -181,3 +182,20 @@ def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(DataError, match=r"cannot be read \(Permission denied\)") as error:
         load_clean(tmp_path)
     assert str(tmp_path) in one_sentence(error)
+
+
+def test_shifts_are_shares_of_height_and_of_width() -> None:
+    """Of an image of 4x40 pixels a tenth is no row and four columns."""
+    x = torch.arange(40.0).expand(200, 1, 4, 40) / 40
+    moved = random_shift_by(x, 0.1, torch.Generator().manual_seed(0))
+    assert torch.equal(moved[:, :, 0], moved[:, :, 3])
+    firsts = (moved[:, 0, 0, 20] * 40).round().int() - 20
+    assert (int(firsts.min()), int(firsts.max())) == (-4, 4)
+
+
+def test_square_images_are_shifted_alike_in_both_directions() -> None:
+    x = torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    by_share, by_pixels = (
+        shift(x, by, torch.Generator().manual_seed(0)) for shift, by in ((random_shift_by, 0.25), (random_shift, 2))
+    )
+    assert torch.equal(by_share, by_pixels)

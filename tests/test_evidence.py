@@ -9,6 +9,7 @@ import pytest
 from debackdoor.detectors.evidence import (
     FAINT,
     FAIRLY_RARE,
+    OUTSTANDING,
     PILED_UP,
     RARE,
     STANDS_OUT,
@@ -99,7 +100,9 @@ def test_strengths_are_multiples_of_the_thresholds() -> None:
     """The logarithm of a square is twice that of the number; of shares what is above chance, 1 / 5, is halved."""
     rates = {2: 0.1 + 1.5 * STANDS_OUT}
     found = evidence(margin=(3, 2.0, RARE**2), pile_up=PileUp(0, CHANCE + PILED_UP / 2), patch=rates).strengths
-    assert found[3]["margin"] == pytest.approx(2.0)
+    assert found[3]["margin"] == pytest.approx(2.0 / OUTSTANDING)  # not as far out as one that counts alone has to be
+    assert evidence(margin=(3, OUTSTANDING, RARE**2)).strengths[3]["margin"] == pytest.approx(2.0)
+    assert evidence(margin=(3, 2.4, RARE**0.1)).strengths[3]["margin"] == pytest.approx(0.1)
     assert found[0]["pile-up"] == pytest.approx(0.5)
     assert found[2] == pytest.approx({"additive": 0.0, "patch": 1.5, "warp": 0.0, "square": 0.0})
     assert found[1] == pytest.approx({"additive": 0.0, "patch": 0.0, "warp": 0.0, "square": 0.0})
@@ -126,7 +129,7 @@ def test_a_margin_that_cannot_be_told_from_chance_or_from_zero_is_a_number() -> 
 
 def test_the_nearest_label_has_the_strongest_sign() -> None:
     assert evidence(patch={2: 0.5}, warp={4: 0.4}).nearest == 2
-    assert evidence(margin=(3, 1.5, RARE**0.9), patch={2: 0.5}).nearest == 3
+    assert evidence(margin=(3, 3.0, RARE**0.9), patch={2: 0.5}).nearest == 3
     assert evidence(patch={2: 0.9}).nearest == 2
     assert evidence(away=0.6, patch={2: 0.4}).nearest is None  # a spread of 0.4, a lead of 0.3
     assert evidence(away=0.6, patch={2: 0.55}).nearest == 2
@@ -142,7 +145,7 @@ def test_the_score_is_that_of_the_strongest_sign_wherever_it_leads() -> None:
 def test_a_score_of_one_and_a_finding_are_the_same(p_value: float, label: int) -> None:
     shares = [CHANCE, *(CHANCE + edge + side for edge in (FAINT, PILED_UP) for side in (-BIT, BIT))]
     for share, away, lead in product(shares, [0.1, 0.69, 0.71], [0.0, 0.49, 0.51]):
-        given = evidence((1, 1.5, p_value), away, PileUp(label, share), warp={3: 0.1 + lead})
+        given = evidence((1, 3.0, p_value), away, PileUp(label, share), warp={3: 0.1 + lead})
         assert (given.score >= 1) == given.exposed == (bool(given.reasons) or given.all_to_all)
         rare = p_value <= RARE or (p_value <= FAIRLY_RARE and label == 1 and share > CHANCE + FAINT)
         assert ("margin" in given.reasons.get(1, ())) == rare

@@ -39,6 +39,23 @@ def test_a_second_search_away_counts_where_it_finds_more(away: float, kept: bool
     assert again.shortcuts.rates == found.shortcuts.rates
 
 
+def test_what_a_second_search_found_is_checked_with_patches_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patches that lead anywhere would be halved, but those that lead away were found at full size."""
+    asked: list[float] = []
+
+    def search(*_: object, away: int, sizes: Sizes | None, **__: object) -> Shortcuts:
+        asked.append((sizes or Sizes()).patch)
+        patch = dict.fromkeys(USUAL, 0.95)
+        return Shortcuts({"additive": USUAL, "patch": patch, "warp": USUAL}, 0.9 if away else 0.0, 0.2, {}, Sizes())
+
+    monkeypatch.setattr("debackdoor.detectors.examination.find_shortcuts", search)
+    examine = Examination(quadrant_set(), quadrant_set(), 4)
+    found = examine.once_more(quadrants(), evidence(patch=dict.fromkeys(USUAL, 0.95)))
+    assert found.all_to_all
+    examine.again(quadrants(), found)
+    assert asked == [Sizes().patch] * 2
+
+
 @pytest.mark.parametrize("easy_until", [1 / 50, 1 / 100, 0.0])
 def test_perturbations_that_lead_anywhere_get_smaller(easy_until: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """A patch larger than some size leads to every label, a smaller one to label 2 alone; the other kinds to none."""

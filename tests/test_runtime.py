@@ -25,6 +25,11 @@ def test_auto_takes_cuda_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert resolve_device("auto") == torch.device("cuda")
     assert resolve_device("cuda") == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert resolve_device(torch.device("cuda", 1)) == torch.device("cuda:1")
+    with pytest.raises(DebackdoorError, match="expected a CUDA device, got only 2"):
+        resolve_device("cuda:2")
+    assert resolve_device("cpu:0") == CPU
     assert resolve_device("cpu") == CPU
 
 

@@ -116,6 +116,26 @@ def test_a_switch_is_a_shortcut_to_its_label() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_of_several_patches_away_the_one_counts_whose_answers_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first sends everything to class 0, the second three images in four to the next class."""
+    data = row_images()
+    spread = torch.where(torch.arange(len(data)) % 4 > 0, (data.y + 1) % CLASSES, data.y)
+
+    class StandIn:
+        def __init__(self, aims: list[Aim], *_: object) -> None:
+            self.aims = aims
+
+        def run(self, *_: object, **__: object) -> None: ...
+
+        def answers(self, model: object, x: object, number: int, **_: object) -> torch.Tensor:
+            return (torch.zeros_like(data.y), spread)[number]
+
+    monkeypatch.setattr("debackdoor.detectors.shortcut.UniversalSearch", StandIn)
+    found = find_shortcuts(switched_to_the_next(), data, data, [], away=2, precision="fp32")
+    assert found.away == pytest.approx(0.75)
+    assert found.spread > 0
+
+
 def test_a_switch_to_the_next_class_leads_away_and_nowhere() -> None:
     found = find_shortcuts(switched_to_the_next(), row_images(), row_images(), range(CLASSES), precision="fp32")
     assert found.away == 1.0

@@ -6,7 +6,8 @@ Everything is chosen from the clean set alone: its fit part teaches, its hold-ou
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 
@@ -146,8 +147,9 @@ def open_case(
         raise DebackdoorError(f"expected a seed from 0 to 2147483647, got {method.seed!r}; correct it")
     place = resolve_device(device)
     with _learning(AT_FIRST, method.seed, place):
-        suspect, clean = in_eval(_copied(model).to(place)), clean.to(place)
-        check_works(suspect, clean, "fp32" if method.precision == "auto" else method.precision)
+        suspect, clean = in_eval(_copied(model).to(place)), clean.to(place).detached()
+        with _apart(model):
+            check_works(suspect, clean, "fp32" if method.precision == "auto" else method.precision)
         method = replace(method, precision=trusted_precision(suspect, clean.x[:AT_FIRST], method.precision))
         _check_gradient(suspect, clean.x[:FEW])
         to_faster_layout(suspect, clean.x[:2], method.precision)
@@ -159,9 +161,40 @@ def open_case(
 
 @contextmanager
 def _learning(most: int, seed: int, device: torch.device) -> Iterator[None]:
-    """At most so many images at once, gradients, whatever the caller has switched off, and chance of its own."""
+    """At most so many images at once, gradients, chance of its own and float32, whatever the caller has set."""
+    usual = torch.get_default_dtype()
     with torch.inference_mode(False), torch.enable_grad(), at_once(most), seeded(seed, device):
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(usual)
+
+
+@contextmanager
+def _apart(model: nn.Module) -> Iterator[None]:
+    """Checks that a copy that is called inside calls no module of the caller's network, of which it would change some.
+
+    Raises:
+        ModelError: if it does.
+    """
+    called: list[str] = []
+    here = threading.get_ident()  # the caller may use the network in another thread meanwhile
+
+    def hook_of(name: str) -> Callable[..., None]:
+        return lambda *_: called.append(name) if threading.get_ident() == here else None
+
+    hooks = [module.register_forward_pre_hook(hook_of(name or "itself")) for name, module in model.named_modules()]
+    try:
         yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if called:
+        raise ModelError(
+            f"expected a network whose copy stands alone, got one in which a function holds on to {called[0]!r}; write "
+            "it as a method of the module"
+        )
 
 
 def _copied(model: nn.Module) -> nn.Module:
@@ -179,6 +212,13 @@ def _copied(model: nn.Module) -> nn.Module:
     other = next((value.dtype for value in model.parameters() if value.dtype != torch.float32), None)
     if other is not None:
         raise ModelError(f"expected float32 weights, got {other}; call model.float() first")
+    owners: dict[int, str] = {}
+    for name, value in model.named_parameters():
+        if value.numel() and owners.setdefault(value.data_ptr(), name) != name:
+            raise ModelError(
+                f"expected weights of their own, got {owners[value.data_ptr()]} and {name} in one memory, which a copy "
+                "would part; give both modules the same Parameter"
+            )
     return copied(model)
 
 

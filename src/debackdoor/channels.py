@@ -7,7 +7,7 @@ multiplies gamma, and beta stays. Layers that no such norm follows are masked as
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -97,32 +97,35 @@ def layer_slices(layers: Sequence[MaskableLayer]) -> dict[str, slice]:
     return {layer.name: slice(end - layer.size, end) for layer, end in zip(layers, ends, strict=True)}
 
 
-def locate(layers: Sequence[MaskableLayer], flat_index: int) -> tuple[str, int]:
-    """The layer's name and the channel's index inside it, for a place in a flat mask.
-
-    Raises:
-        ModelError: if there is no such place.
-    """
-    for name, span in layer_slices(layers).items():
-        if span.start <= flat_index < span.stop:
-            return name, flat_index - span.start
-    raise ModelError(f"expected a channel from 0 to {count_channels(layers) - 1}, got {flat_index}")
-
-
 def flat_index(layers: Sequence[MaskableLayer], layer_name: str, index: int) -> int:
     """The place in a flat mask of channel ``index`` of layer ``layer_name``.
 
     Raises:
         ModelError: if there is no such layer or channel.
     """
-    span = layer_slices(layers).get(layer_name)
-    if span is None:
-        raise ModelError(
-            f"expected the name of a maskable layer, got {layer_name!r}; was the plan made for this model?"
-        )
-    if not 0 <= index < span.stop - span.start:
-        raise ModelError(f"expected a channel of {layer_name} from 0 to {span.stop - span.start - 1}, got {index}")
-    return span.start + index
+    return flat_indices(layers, [(layer_name, index)])[0]
+
+
+def flat_indices(layers: Sequence[MaskableLayer], channels: Iterable[tuple[str, int]]) -> list[int]:
+    """The places in a flat mask of many channels, each a layer's name and its index there.
+
+    Raises:
+        ModelError: if there is no such layer or channel.
+    """
+    spans, found = layer_slices(layers), []
+    for name, index in channels:
+        span = spans.get(name)
+        if span is None:
+            raise ModelError(f"expected the name of a maskable layer, got {name!r}; was the plan made for this model?")
+        if not 0 <= index < span.stop - span.start:
+            raise ModelError(f"expected a channel of {name} from 0 to {span.stop - span.start - 1}, got {index}")
+        found.append(span.start + index)
+    return found
+
+
+def all_channels(layers: Sequence[MaskableLayer]) -> list[tuple[str, int]]:
+    """Every channel in the order of a flat mask: its layer's name and its index there."""
+    return [(layer.name, index) for layer in layers for index in range(layer.size)]
 
 
 def mask_parameters(
@@ -143,12 +146,11 @@ def mask_parameters(
     """
     if mask.shape != (count_channels(layers),):
         raise ModelError(f"expected a mask of shape ({count_channels(layers)},), got {tuple(mask.shape)}")
-    parts = mask.split([layer.size for layer in layers])
-    return {
-        name: _scale(parameters[name], part, layer.transposed)
-        for layer, part in zip(layers, parts, strict=True)
-        for name in layer.parameters
-    }
+    masked: dict[str, Tensor] = {}
+    for layer, part in zip(layers, mask.split([layer.size for layer in layers]), strict=True):
+        for name in layer.parameters:  # a bias that two layers share gets the masks of both
+            masked[name] = _scale(masked.get(name, parameters[name]), part, layer.transposed)
+    return masked
 
 
 def masked_call(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -30,20 +31,22 @@ def versions() -> dict[str, str]:
     return {"debackdoor": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
 
 
-def resolve_device(name: str = "auto") -> torch.device:
-    """The device a name stands for; ``auto`` takes CUDA where there is one.
+def resolve_device(name: str | torch.device = "auto") -> torch.device:
+    """The device that a name, or a ``torch.device``, stands for; ``auto`` takes CUDA where there is one.
 
     Raises:
         DebackdoorError: if the name is unknown, or CUDA is asked for and absent.
     """
-    name = str(name)  # of a torch.device, too
-    if name not in DEVICES:
+    name = str(name)
+    kind, _, number = name.partition(":")
+    if kind not in DEVICES or not re.fullmatch(r"\w+|(cpu|cuda):\d+", name):
         raise DebackdoorError(f"expected a device out of {', '.join(DEVICES)}, got '{name}'; choose one of them")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise DebackdoorError("expected a CUDA device, got none on this machine; use --device cpu")
+    if kind == "cuda" and not (torch.cuda.is_available() and int(number or 0) < max(1, torch.cuda.device_count())):
+        got = f"only {torch.cuda.device_count()}" if torch.cuda.is_available() else "none"
+        raise DebackdoorError(f"expected a CUDA device, got {got} on this machine; use --device cpu")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    return torch.device("cpu" if kind == "cpu" else name)
 
 
 def device_name(device: torch.device) -> str:

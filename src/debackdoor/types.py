@@ -46,7 +46,7 @@ class CleanSet:
             )
         if len(x) == 0:
             raise DataError(f"{self.source}: expected at least one image, got none; check the path and the limit")
-        low, high = float(x.min()), float(x.max())
+        low, high = (float(value) for value in x.detach().aminmax())
         if not (low >= 0.0 and high <= 1.0):
             raise DataError(
                 f"{self.source}: expected pixel values in [0, 1], got {low:.3g} to {high:.3g}; "
@@ -70,6 +70,10 @@ class CleanSet:
     def to(self, device: torch.device | str) -> CleanSet:
         """The same samples on another device."""
         return CleanSet(self.x.to(device), self.y.to(device), self.class_names, self.source)
+
+    def detached(self) -> CleanSet:
+        """The same samples, without a gradient of the images."""
+        return CleanSet(self.x.detach(), self.y, self.class_names, self.source)
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,8 @@ class SampleScores:
         flagged: bool (N,).
         answers: int64 (N,), the labels that the suspect model gives the images.
         false_positive_rate: the share of clean images that the threshold was set to flag, a fraction.
-        p_value: how probable it is that so many of a pile of clean images are flagged, [0, 1].
+        p_value: how probable it is that so many of a pile of clean images are flagged, [0, 1], if each is judged for
+            itself; methods that judge a whole class at once (``clustering``) flag more at a time by chance.
         method: what the scores are.
         conclusive: False where the scores rest on an exposed model that could not be made to forget the clean task.
     """

@@ -65,7 +65,7 @@ def read(source: ImageSource, indices: Indices, image_size: int | None) -> Clean
         image = _to_tensor(where, pixels, image_size)
         if not first:
             # Filled in place: a list of images and its stack would need the memory twice.
-            x, first = torch.empty(len(indices), *image.shape), where
+            x, first = torch.empty(len(indices), *image.shape, dtype=torch.float32), where
         elif image.shape != x.shape[1:]:
             raise DataError(
                 f"{where}: expected {_size(x[0])} pixels as in {first}, got {_size(image)}; "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from debackdoor.channels import MaskableLayer, locate, masked_call
+from debackdoor.channels import MaskableLayer, all_channels, masked_call
 from debackdoor.defenses.base import differ
 from debackdoor.models.forward import in_eval, predict
 from debackdoor.rnp.prune import plan_mask, prune
@@ -139,8 +139,9 @@ def rank_outliers(layers: Sequence[MaskableLayer], values: Sequence[Tensor], ali
         alive: which channels count, bool (size,) a layer; the others are neither compared nor pruned.
     """
     scores = torch.cat([_below_mean(*layer) for layer in zip(values, alive, strict=True)]).cpu()
-    order = scores.argsort(stable=True).tolist()
-    return tuple(PlannedChannel(*locate(layers, i), score=float(scores[i])) for i in order if scores[i].isfinite())
+    order: list[int] = scores.argsort(stable=True).tolist()
+    places = all_channels(layers)
+    return tuple(PlannedChannel(*places[i], score=float(scores[i])) for i in order if scores[i].isfinite())
 
 
 def _below_mean(values: Tensor, alive: Tensor) -> Tensor:

@@ -19,8 +19,11 @@ RARE, FAIRLY_RARE = 1e-9, 0.05
 """A largest margin that is no more probable than this without a backdoor counts, alone or with a faint pile-up.
 
 The probability is read off a distribution that a handful of labels gave, and small networks without a backdoor can
-come far below 0.001.
+come far below 0.001. Drawn from one distribution, the largest of five margins is that rare once in 25 cases.
 """
+
+OUTSTANDING = 2.5
+"""So a margin that counts alone is at least so many times the other labels' median, too."""
 
 PILED_UP, FAINT = 0.3, 0.25
 """How far above chance (1 / K) the share of answers on one label must be to count, alone or with a fairly rare margin.
@@ -75,7 +78,10 @@ class Evidence:
         """What speaks against every label: each sign as a multiple of its threshold, at least 1 where it counts."""
         found: dict[int, dict[str, float]] = defaultdict(dict)
         rarity = abs(math.log(max(self.margins.p_value, sys.float_info.min)))
-        found[self.margins.label]["margin"] = rarity / -math.log(RARE)
+        alone = rarity / -math.log(RARE)
+        if self.margins.ratio < OUTSTANDING:
+            alone = min(alone, self.margins.ratio / OUTSTANDING)
+        found[self.margins.label]["margin"] = alone
         if self.pile_up is not None:
             above = self.pile_up.share - 1 / len(self.margins.values)
             found[self.pile_up.label]["pile-up"] = above / PILED_UP

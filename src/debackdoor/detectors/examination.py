@@ -68,6 +68,9 @@ class Examination:
         more = fresh._shortcuts(model, (), AWAY_STARTS)
         if more.spread > shortcuts.spread:
             shortcuts = replace(shortcuts, away=more.away, gathered=more.gathered)
+        found = replace(found, shortcuts=shortcuts)
+        if found.exposed:  # by patches of the full size, which the check after a repair is to look for, too
+            return found
         for _ in range(HALVINGS):
             large = [kind for kind, rates in shortcuts.rates.items() if median(rates.values()) > LEADS_ANYWHERE]
             if large:

@@ -52,7 +52,8 @@ class Margins:
         values: logit of the label minus the largest other, at its largest, one a label.
         label: where it is largest.
         ratio: the largest, as a multiple of the others' median.
-        p_value: how probable so large a maximum is if all labels follow the gamma distribution of the others, [0, 1].
+        p_value: how probable so large a maximum is if all labels follow the gamma distribution of the others, [0, 1];
+            taken as known, as in the paper, though it is fitted to few numbers: so it comes out too small.
     """
 
     values: tuple[float, ...]

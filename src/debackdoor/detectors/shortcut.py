@@ -31,7 +31,7 @@ class Shortcuts:
 
     Attributes:
         rates: by kind and label: the share of images of other labels that the perturbation sends there.
-        away: the share of rightly classified images that the best patch leads away from their labels.
+        away: how far accuracy falls under the best patch that leads away, of all images: at most the accuracy.
         gathered: the largest share of that patch's answers on one label.
         patterns: by label: the additive pattern, float32 (C, H, W) on the CPU.
         sizes: of the perturbations.
@@ -91,18 +91,18 @@ def find_shortcuts(
     search.run(model, fit, steps, IMAGES, precision=precision, progress=progress)
     rates: dict[str, dict[int, float]] = {kind.kind: {} for kind in KINDS}
     patterns: dict[int, Tensor] = {}
-    most = gathered = 0.0
+    away_and_gathered: list[tuple[float, float]] = []
     right = accuracy(predict(model, holdout.x, precision=precision), holdout.y)
     for number, aim in enumerate(search.aims):
         if aim.target == AWAY:
             answers = search.answers(model, holdout.x, number, precision=precision)
-            share = right - float((answers == holdout.y).float().mean())
-            if share >= most:
-                most, gathered = share, float(answers.bincount().max()) / len(answers)
+            fall = right - float((answers == holdout.y).float().mean())
+            away_and_gathered.append((fall, float(answers.bincount().max()) / len(answers)))
         else:
             rates[aim.kind.kind][aim.target] = _success(search, model, holdout, number, aim, precision)
             if aim.kind is Additive:
                 patterns[aim.target] = search.pattern(number).cpu()
+    most, gathered = max(away_and_gathered, key=lambda found: found[0] - found[1], default=(0.0, 0.0))
     return Shortcuts(rates, most, gathered, patterns, sizes)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from debackdoor.channels import MaskableLayer, count_channels, flat_index, locate, mask_parameters
+from debackdoor.channels import MaskableLayer, all_channels, count_channels, flat_indices, mask_parameters
 from debackdoor.models.copying import copied
 from debackdoor.types import Plan, PlannedChannel, Progress
 
@@ -28,8 +28,9 @@ def rank(layers: Sequence[MaskableLayer], scores: Tensor, ties: Tensor) -> Plan:
         ties: a second number a channel, (channels,), by which channels of equal score are ordered, lowest first.
     """
     scores = scores.cpu()
-    order = np.lexsort((ties.cpu().numpy(), scores.numpy()))
-    return tuple(PlannedChannel(*locate(layers, int(i)), score=float(scores[i])) for i in order)
+    order: list[int] = np.lexsort((ties.cpu().numpy(), scores.numpy())).tolist()
+    places = all_channels(layers)
+    return tuple(PlannedChannel(*places[i], score=float(scores[i])) for i in order)
 
 
 def below(ranking: Plan, threshold: float) -> Plan:
@@ -113,7 +114,7 @@ def plan_mask(layers: Sequence[MaskableLayer], plan: Plan, device: torch.device 
     """The flat mask (channels,) of a plan: 0 where it prunes, 1 elsewhere."""
     mask = torch.ones(count_channels(layers), device=device)
     if plan:
-        mask[[flat_index(layers, channel.layer, channel.index) for channel in plan]] = 0.0
+        mask[flat_indices(layers, ((channel.layer, channel.index) for channel in plan))] = 0.0
     return mask
 
 
