@@ -73,7 +73,9 @@ def _measure(card: Card, zoo: Path, seed: int, limit: int, targets: dict[str, Pa
         memory, started = PeakMemory(resolve_device()), time.perf_counter()
         result = _repair(case, exposure, evidence, part)
         seconds = looked + time.perf_counter() - started
-        record = repair_zoo.record_of(result, card, zoo, f"repair-without-{part}", seed, case.clean, seconds, memory)
+        record = repair_zoo.record_of(
+            result, card, zoo, f"repair-without-{part}", seed, case.clean, seconds, memory.record()
+        )
         atomic_write_text(target, json.dumps(record, indent=1) + "\n")
         typer.echo(f"without {part} {repair_zoo.row([record])}")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -68,7 +69,7 @@ def measure(card: Card, zoo: Path, seed: int, limit: int) -> dict[str, Any]:
     memory, started = PeakMemory(resolve_device()), time.perf_counter()
     result = db.repair(model, clean, seed=seed)
     seconds = time.perf_counter() - started
-    return record_of(result, card, zoo, "repair", seed, clean.to(resolve_device()), seconds, memory)
+    return record_of(result, card, zoo, "repair", seed, clean.to(resolve_device()), seconds, memory.record())
 
 
 def record_of(
@@ -79,13 +80,12 @@ def record_of(
     seed: int,
     clean: CleanSet,
     seconds: float,
-    memory: PeakMemory,
+    peak: Mapping[str, int | None],
 ) -> dict[str, Any]:
-    """What the repair did to the model, measured with the trigger; ``clean`` and the model are on one device."""
-    peak = memory.record()
-    models = {"after": result.model}
+    """What the repair did to the model, measured with the trigger on the device of ``clean``."""
+    models = {"after": result.model.to(clean.x.device)}
     if defense == "repair" and result.changed:
-        tuned = FineTuning(lr=0.01, epochs=20, seed=seed)(result.model, clean)
+        tuned = FineTuning(lr=0.01, epochs=20, seed=seed)(models["after"], clean)
         models["fine_tuned"] = tuned.model
     rates = {"before": _rates_before(card.name, zoo)}
     rates |= {when: _rates(found, card, zoo) for when, found in models.items()}

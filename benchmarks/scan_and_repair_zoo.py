@@ -65,20 +65,28 @@ def _measure(
     exposure = case.expose()
     evidence = case.evidence(exposure)
     times.append(time.perf_counter())
+    first_look = memory.record()
     report = scan_case(case, exposure, evidence)
     times.append(time.perf_counter())
+    scan_peak, memory = memory.record(), PeakMemory(resolve_device())
     result = repair_case(case, exposure, evidence)
     times.append(time.perf_counter())
+    repair_peak = {name: most(first_look[name], value) for name, value in memory.record().items()}
     shared, scanning, repairing = (after - before for before, after in pairwise(times))
-    scanned = scan_zoo.record_of(report, card, zoo, case, shared + scanning, memory)
+    scanned = scan_zoo.record_of(report, card, zoo, case, shared + scanning, scan_peak)
     _write_new(scan_to, scanned)
-    repaired = repair_zoo.record_of(result, card, zoo, "repair", seed, case.clean, shared + repairing, memory)
+    repaired = repair_zoo.record_of(result, card, zoo, "repair", seed, case.clean, shared + repairing, repair_peak)
     both = {"scan_seconds": scanned["seconds"], "seconds": round(shared + scanning + repairing, 1)}
     _write_new(repair_to, repaired | {"with_scan": both})
     if samples_to is not None and card.attack != CLEAN and not samples_to.exists():
         judges = {"repaired": [result.model] if result.changed else []}
         sample_zoo.add_to(samples_to, sample_zoo.record_of(card, zoo, case, [REPAIR_SHIFT], judges))
     typer.echo(f"{report.verdict} {report.score:.2f} {scanned['seconds']} s {repair_zoo.row([repaired])}")
+
+
+def most(one: int | None, other: int | None) -> int | None:
+    """The larger one; None where there is no such memory."""
+    return None if one is None or other is None else max(one, other)
 
 
 def _write_new(path: Path, record: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -88,7 +89,7 @@ def measure(card: Card, zoo: Path, seed: int, limit: int) -> dict[str, Any]:
     case = _open(card, zoo, seed, limit)
     exposure = case.expose()
     report = scan_case(case, exposure, case.evidence(exposure))
-    return record_of(report, card, zoo, case, time.perf_counter() - started, memory)
+    return record_of(report, card, zoo, case, time.perf_counter() - started, memory.record())
 
 
 def _open(card: Card, zoo: Path, seed: int, limit: int) -> Case:
@@ -97,9 +98,9 @@ def _open(card: Card, zoo: Path, seed: int, limit: int) -> Case:
 
 
 def record_of(
-    report: ScanReport, card: Card, zoo: Path, case: Case, seconds: float, memory: PeakMemory
+    report: ScanReport, card: Card, zoo: Path, case: Case, seconds: float, peak: Mapping[str, int | None]
 ) -> dict[str, Any]:
-    """What the scan found, compared with the true trigger; the memory is that until now."""
+    """What the scan found, compared with the true trigger; ``peak`` is the memory it took."""
     recovered = {"scan": report.trigger} if report.trigger is not None else {}
     return {
         "schema": "debackdoor/scan-bench/1",
@@ -120,7 +121,7 @@ def record_of(
         "neural_cleanse": {},
         "triggers": _triggers(recovered, case, card, zoo),
         "seconds": round(seconds, 1),
-        **memory.record(),
+        **peak,
         "sha256": card.sha256,
         "versions": versions(),
         "threads": torch.get_num_threads(),

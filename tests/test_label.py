@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from debackdoor.detectors.label import (
     PileUp,
@@ -12,6 +13,7 @@ from debackdoor.detectors.label import (
     peak_share,
     repeated_shares,
 )
+from debackdoor.models.forward import label_shares
 
 
 def test_the_pile_up_is_the_largest_share_at_any_check() -> None:
@@ -62,3 +64,8 @@ def test_no_more_unlearnings_are_asked_for_than_it_takes_to_find_no_label() -> N
     assert asked == [0, 1, 2]
     assert repeated_shares(histories(), least=0.3) == [0.3, 0.1]
     assert asked[3:] == [0, 1, 2, 3]
+
+
+def test_answers_that_are_no_numbers_are_of_no_label() -> None:
+    logits = torch.tensor([[0.0, 1.0], [1.0, 0.0], [float("nan"), 0.0], [float("inf"), 0.0]])
+    assert label_shares(logits) == [0.25, 0.25]

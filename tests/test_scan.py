@@ -77,7 +77,7 @@ def test_a_switch_to_the_next_class_is_all_to_all() -> None:
     """The best patch leads all images away, a quarter of them to each label: 0.75 is 1.5 times 0.5."""
     report = db.scan(switched_to_the_next(), row_images(), device="cpu", precision="fp32")
     assert (report.verdict, report.all_to_all, report.suspects, report.trigger) == ("backdoored", True, (), None)
-    assert report.message == "a small patch leads 100% of the images away from their labels, to many"
+    assert report.message == "a small patch leads at least 100% of the images away from their labels, to many"
     assert report.score == pytest.approx(1.5)
 
 

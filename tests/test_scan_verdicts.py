@@ -49,17 +49,24 @@ def judged(
         (evidence(), "clean", [], "nothing is exposed"),
         (evidence(patch={2: NEAR - 0.01}), "clean", [], "nothing is exposed"),
         (evidence(patch={2: NEAR + 0.01}), "suspicious", [2], "label 2 comes near to standing out.*more clean images"),
-        (evidence(margin=(1, 1.8, RARE**0.84)), "clean", [], "nothing is exposed"),
-        (evidence(margin=(1, 1.8, RARE**0.86)), "suspicious", [1], "label 1 comes near"),
+        (evidence(margin=(1, 2.6, RARE**0.84)), "clean", [], "nothing is exposed"),
+        (evidence(margin=(1, 2.6, RARE**0.86)), "suspicious", [1], "label 1 comes near"),
+        (evidence(margin=(1, 2.0, RARE**2)), "clean", [], "nothing is exposed"),
+        (evidence(margin=(1, 2.2, RARE**2)), "suspicious", [1], "label 1 comes near"),
         (evidence(away=0.66), "suspicious", [], "a patch that leads away to many labels comes near"),
         (evidence(patch={2: 0.61}), "backdoored", [2], "^label 2 stands out by a small universal patch$"),
-        (evidence(away=0.9), "backdoored", [], "a small patch leads 90% of the images away from their labels, to many"),
+        (
+            evidence(away=0.9),
+            "backdoored",
+            [],
+            "a small patch leads at least 90% of the images away from their labels, to many",
+        ),
         (evidence(patch={0: 0.9, 3: 0.8}), "backdoored", [0, 3], "label 0 stands out.*; label 3 stands out"),
         (evidence(**PARTING), "inconclusive", [1, 3], "should name one label: scan again with more clean images"),
         # A trigger that was found settles it, towards one label or to many.
         (evidence(**PARTING, warp={3: 0.9}), "backdoored", [3, 1], "label 3 .* and a slight universal warp"),
         (evidence(**PARTING, patch={0: 0.9}), "backdoored", [0, 1, 3], "label 0 stands out by a small universal patch"),
-        (evidence(**PARTING, away=0.9), "backdoored", [1, 3], "a small patch leads 90%"),
+        (evidence(**PARTING, away=0.9), "backdoored", [1, 3], "a small patch leads at least 90%"),
     ],
 )
 def test_verdicts(

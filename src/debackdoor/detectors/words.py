@@ -21,7 +21,8 @@ def findings(evidence: Evidence) -> list[str]:
     """One clause a suspect label, and one where a patch leads away from all."""
     found = [f"label {label} stands out by {_listed(why)}" for label, why in evidence.reasons.items()]
     if evidence.all_to_all:
-        found.append(f"a small patch leads {evidence.shortcuts.away:.0%} of the images away from their labels, to many")
+        share = f"{evidence.shortcuts.away:.0%}"
+        found.append(f"a small patch leads at least {share} of the images away from their labels, to many")
     return found
 
 

@@ -122,8 +122,9 @@ def accuracy(logits: Tensor, y: Tensor) -> float:
 
 
 def label_shares(logits: Tensor) -> list[float]:
-    """How large a share of the answers each label gets; K fractions that sum to 1."""
-    counts = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
+    """How large a share of the answers each label gets; K fractions; answers that are no numbers are of none."""
+    answers = logits[logits.isfinite().all(1)].argmax(1)
+    counts = torch.bincount(answers, minlength=logits.shape[1])
     return (counts / len(logits)).tolist()
 
 

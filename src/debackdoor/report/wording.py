@@ -241,7 +241,7 @@ def _away(get: Get, reasons: Sequence[str]) -> Sign | None:
     return Sign(
         "away",
         "A patch away from all labels",
-        "The share of images that one patch leads away from their labels, to many others.",
+        "How far one patch lowers accuracy, by answers of many labels.",
         f"{percent(away)} are led away" + ("" if gathered is None else f", {percent(gathered)} to one label"),
         f"{100 * STANDS_OUT:.0f} points more than to any one label",
         None if spread is None else spread / STANDS_OUT,
