@@ -71,7 +71,7 @@ def _measure(
     scan_peak, memory = memory.record(), PeakMemory(resolve_device())
     result = repair_case(case, exposure, evidence)
     times.append(time.perf_counter())
-    repair_peak = {name: most(first_look[name], value) for name, value in memory.record().items()}
+    repair_peak = {name: _most(first_look[name], value) for name, value in memory.record().items()}
     shared, scanning, repairing = (after - before for before, after in pairwise(times))
     scanned = scan_zoo.record_of(report, card, zoo, case, shared + scanning, scan_peak)
     _write_new(scan_to, scanned)
@@ -84,7 +84,7 @@ def _measure(
     typer.echo(f"{report.verdict} {report.score:.2f} {scanned['seconds']} s {repair_zoo.row([repaired])}")
 
 
-def most(one: int | None, other: int | None) -> int | None:
+def _most(one: int | None, other: int | None) -> int | None:
     """The larger one; None where there is no such memory."""
     return None if one is None or other is None else max(one, other)
 

@@ -127,6 +127,11 @@ def test_unknown_architecture(shell: Shell) -> None:
     assert "did you mean 'resnet18'" in repair(shell, shell.checkpoint(), arch="resnet81")
 
 
+def test_an_architecture_of_no_name(shell: Shell) -> None:
+    scan = ("scan", shell.checkpoint(), "--arch", ".:make", "--clean", "digits", "--json", shell.folder / "a.json")
+    assert "module '.' failed to import" in refused(shell, *scan)
+
+
 def test_a_network_file_that_fails(shell: Shell) -> None:
     (shell.folder / "broken.py").write_text("raise SystemExit('no')\n")
     assert "failed when run: SystemExit: no" in repair(shell, shell.checkpoint(), arch=f"{shell.folder}/broken.py:make")

@@ -13,7 +13,6 @@ from debackdoor.channels import (
     all_channels,
     count_channels,
     find_channels,
-    flat_index,
     flat_indices,
     layer_slices,
     mask_parameters,
@@ -185,9 +184,9 @@ def test_gradients_reach_parameters_that_are_given() -> None:
 
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ModelError, match="got 'c'"):
-        flat_index(LAYERS, "c", 0)
+        flat_indices(LAYERS, [("c", 0)])
     with pytest.raises(ModelError, match="channel of b from 0 to 2, got 3"):
-        flat_index(LAYERS, "b", 3)
+        flat_indices(LAYERS, [("a", 1), ("b", 3)])
     with pytest.raises(ModelError, match=r"mask of shape \(5,\), got \(4,\)"):
         mask_parameters(LAYERS, torch.ones(4), {})
 

@@ -14,7 +14,7 @@ from debackdoor.channels import (
     MaskableLayer,
     count_channels,
     find_channels,
-    flat_index,
+    flat_indices,
     mask_parameters,
     masked_call,
 )
@@ -131,7 +131,7 @@ def assert_only_one_channel_is_masked(
 ) -> None:
     index, module = layer.size // 2, model.get_submodule(layer.name)
     mask = torch.ones(count_channels(layers))
-    mask[flat_index(layers, layer.name, index)] = 0.0
+    mask[flat_indices(layers, [(layer.name, index)])] = 0.0
     plain = outputs_of(module, lambda: logits_of(model(x)))
     masked = outputs_of(module, lambda: masked_call(model, layers, mask, x))
     left = module.get_parameter("bias")[index] if layer.kind == "norm" else torch.tensor(0.0)

@@ -115,7 +115,6 @@ def test_the_statistics_are_those_of_shifted_images() -> None:
     model[0].running_mean[2] = 0.0
     result = BNP(u=1.0, shift=0.5)(model.eval(), clean)
     assert channels_of(result) == {("0", 2)}
-    assert BNP(u=1.0, shift=0.0)(model, clean).plan[0].score == pytest.approx(result.plan[0].score)
     _, (plain,) = divergences(model, clean.x)
     _, (shifted,) = divergences(model, random_shift_by(clean.x, 0.5, torch.Generator().manual_seed(0)))
     assert float(shifted[:2].max()) < 0.01 < 1 < float(plain[:2].min())

@@ -4,6 +4,7 @@ import math
 import sys
 from itertools import product
 
+import numpy as np
 import pytest
 
 from debackdoor.detectors.evidence import (
@@ -18,6 +19,7 @@ from debackdoor.detectors.evidence import (
     remains,
 )
 from debackdoor.detectors.label import PileUp
+from debackdoor.detectors.margin import summarise
 from debackdoor.detectors.perturbations import KINDS, Patch
 from debackdoor.detectors.universal import AWAY
 from evidence_cases import evidence
@@ -49,6 +51,14 @@ def test_one_reason_is_enough(given: Evidence, label: int, why: tuple[str, ...])
     assert {aim.target for aim in given.aims} == {label}
     assert {aim.kind for aim in given.aims} == set(KINDS)
     assert len(given.aims) >= TRIGGERS
+
+
+def test_of_five_labels_alike_a_rare_margin_is_no_evidence_alone() -> None:
+    """Margins from one gamma distribution that varies by a fifth: the p-value is often tiny, the ratio never large."""
+    drawn = np.random.default_rng(0).gamma(25, 1 / 25, (400, 5))
+    found = [Evidence(summarise(list(values)), evidence().shortcuts, evidence().squares) for values in drawn]
+    assert sum(one.margins.p_value <= RARE for one in found) >= 8
+    assert not any(one.exposed for one in found)
 
 
 def test_labels_to_which_no_search_led() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from debackdoor.data import check_clean_set, split_clean
+from debackdoor.defenses.levels import HOLDOUT
 from debackdoor.defenses.rnp import RNP, Exposure
 from debackdoor.detectors.evidence import FAINT, Evidence
 from debackdoor.detectors.examination import Examination
@@ -22,16 +23,21 @@ from debackdoor.detectors.label import RUNS, largest_pile_up, most_repeated, rep
 from debackdoor.detectors.margin import FEWEST_CLASSES
 from debackdoor.errors import ChanceError, DebackdoorError, ModelError, UnsupportedError, check_positive
 from debackdoor.memory import DEFAULT, images_within
-from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy, in_eval, logits_of, predict, predict_of_any, trusted_precision
+from debackdoor.models.copying import check_float32, copied
+from debackdoor.models.forward import (
+    accuracy,
+    check_finite,
+    in_eval,
+    logits_of,
+    predict,
+    predict_of_any,
+    trusted_precision,
+)
 from debackdoor.models.layout import to_faster_layout
 from debackdoor.rnp.modes import norms_that_learn
 from debackdoor.rnp.unlearn import Unlearned, unlearn
 from debackdoor.runtime import at_once, resolve_device, seeded
 from debackdoor.types import CleanSet, Progress
-
-HOLDOUT = 0.25
-"""The share of the clean set that decides; the rest teaches, and relearning needs it more."""
 
 FEWEST_NORMS = 8
 """Batch normalisations from which on a pile-up tells anything.
@@ -209,9 +215,7 @@ def _copied(model: nn.Module) -> nn.Module:
         raise ModelError("expected a network in Python, got a compiled ScriptModule; pass the one it was made from")
     if any("_orig_mod" in module._modules for module in model.modules()):
         raise ModelError("expected a network as it was written, got one from torch.compile; pass what it was made from")
-    other = next((value.dtype for value in model.parameters() if value.dtype != torch.float32), None)
-    if other is not None:
-        raise ModelError(f"expected float32 weights, got {other}; call model.float() first")
+    check_float32(model)
     owners: dict[int, str] = {}
     for name, value in model.named_parameters():
         if value.numel() and owners.setdefault(value.data_ptr(), name) != name:
@@ -254,8 +258,7 @@ def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> N
     """
     logits = predict_of_any(model, clean.x, precision=precision)
     check_clean_set(clean, logits.shape[1])
-    if not bool(torch.isfinite(logits).all()):
-        raise ModelError("expected finite outputs on the clean images, got NaN or infinity; the weights are damaged")
+    check_finite(logits)
     if bool((logits == logits[0]).all()):
         raise ModelError("expected outputs that depend on the image, got the same for all; the weights are not trained")
     reached, n = accuracy(logits, clean.y), len(clean)

@@ -97,15 +97,6 @@ def layer_slices(layers: Sequence[MaskableLayer]) -> dict[str, slice]:
     return {layer.name: slice(end - layer.size, end) for layer, end in zip(layers, ends, strict=True)}
 
 
-def flat_index(layers: Sequence[MaskableLayer], layer_name: str, index: int) -> int:
-    """The place in a flat mask of channel ``index`` of layer ``layer_name``.
-
-    Raises:
-        ModelError: if there is no such layer or channel.
-    """
-    return flat_indices(layers, [(layer_name, index)])[0]
-
-
 def flat_indices(layers: Sequence[MaskableLayer], channels: Iterable[tuple[str, int]]) -> list[int]:
     """The places in a flat mask of many channels, each a layer's name and its index there.
 

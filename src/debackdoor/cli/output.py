@@ -167,7 +167,7 @@ def _places(name: str) -> Iterator[Path]:
     code = name.rpartition(":")[0]  # FILE.py:factory or MODULE:factory
     if library == "hf":
         yield from Path(folder).glob("*")
-    elif code:
+    elif code.strip("."):
         yield Path(code)
         yield from (Path(root, *code.split(".")).with_suffix(".py") for root in ("", *sys.path))
     elif name in FOLDERS:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from debackdoor.data import check_labels
 from debackdoor.errors import ModelError
-from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy, in_eval, predict, predict_of_any
+from debackdoor.models.copying import check_float32, copied
+from debackdoor.models.forward import accuracy, check_finite, in_eval, predict, predict_of_any
 from debackdoor.types import CleanSet, Progress, RepairResult
 
 _TRIED = 32
@@ -52,13 +52,10 @@ def suspect_copy(model: nn.Module, clean: CleanSet, precision: str) -> nn.Module
         ModelError: if its weights are not float32, it does not take the images, or its answers are not finite.
         DataError: if the clean set has labels that it does not know.
     """
-    other = next((value.dtype for value in model.parameters() if value.dtype != torch.float32), None)
-    if other is not None:
-        raise ModelError(f"expected float32 weights, got {other}; call model.float() first")
+    check_float32(model)
     suspect = in_eval(copied(model))
     logits = predict_of_any(suspect, clean.x[:_TRIED], precision=precision)
-    if not bool(torch.isfinite(logits).all()):
-        raise ModelError("expected finite outputs on the clean images, got NaN or infinity; the weights are damaged")
+    check_finite(logits)
     check_labels(clean, logits.shape[1])
     return suspect
 

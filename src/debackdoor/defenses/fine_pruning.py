@@ -22,7 +22,7 @@ from debackdoor.defenses.base import Defense, differ, suspect_copy
 from debackdoor.defenses.finetune import FineTuning
 from debackdoor.defenses.levels import BUDGET, Level, blind_rule, cost, pruning_step, strongest
 from debackdoor.errors import check_fraction, check_positive
-from debackdoor.models.forward import accuracy, in_eval, predict
+from debackdoor.models.forward import in_eval, predict
 from debackdoor.rnp.prune import plan_mask, prune, rank
 from debackdoor.types import CleanSet, Plan, Progress, RepairResult, Step
 
@@ -77,7 +77,7 @@ class FinePruning(Defense):
         )
         taught = tuning(_Pruned(model, layers, choice.plan), clean, progress=progress)
         repaired = in_eval(prune(taught.model.get_submodule("network"), layers, choice.plan))
-        after = accuracy(predict(repaired, clean.x, precision=self.precision), clean.y)
+        after = taught.clean_accuracy["after"]
         rule = f"a share of {self.share} of the channels"
         if self.share is None:
             rule = blind_rule(self.budget, "clean images")
@@ -134,6 +134,7 @@ def dormancy(model: nn.Module, images: CleanSet, precision: str) -> tuple[tuple[
 
 def _followed_by(model: nn.Module, layer: MaskableLayer, x: Tensor) -> MaskableLayer | None:
     """The linear layer whose inputs are means or maxima of the channels that ``layer`` makes, if there is one."""
+    ran: list[bool] = []
     found: list[nn.Linear] = []
 
     def look(module: nn.Linear, args: tuple[Any, ...]) -> None:
@@ -144,7 +145,6 @@ def _followed_by(model: nn.Module, layer: MaskableLayer, x: Tensor) -> MaskableL
         if any(torch.allclose(args[0], one, rtol=1e-3, atol=1e-5) for one in pooled):
             found.append(module)
 
-    ran: list[bool] = []
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     hooks = [module.register_forward_pre_hook(look) for module in linear]
     hooks.append(model.get_submodule(layer.name).register_forward_hook(lambda *_: ran.append(True)))

@@ -20,7 +20,7 @@ from debackdoor.rnp.prune import plan_mask, prune
 from debackdoor.types import CleanSet, Plan, PlannedChannel, Progress, RepairResult, Step
 
 HOLDOUT = 0.25
-"""Share of the clean set that judges and is not learned from, as in a repair."""
+"""Share of the clean set that judges and is not learned from; the rest teaches, and relearning needs it more."""
 BUDGET = 0.02
 """How far accuracy on the hold-out part may fall, a fraction."""
 DEVIATIONS = tuple(step / 2 for step in range(20, 0, -1))

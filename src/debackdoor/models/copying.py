@@ -6,11 +6,23 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from debackdoor.errors import ModelError
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+def check_float32(model: nn.Module) -> None:
+    """Checks that the weights are in the precision that everything is computed from.
+
+    Raises:
+        ModelError: if not.
+    """
+    other = next((value.dtype for value in model.parameters() if value.dtype != torch.float32), None)
+    if other is not None:
+        raise ModelError(f"expected float32 weights, got {other}; call model.float() first")
 
 
 def copied(model: Network) -> Network:

@@ -115,6 +115,16 @@ def hits(logits: Tensor, y: Tensor) -> Tensor:
     return (logits.argmax(1) == y).sum()
 
 
+def check_finite(logits: Tensor) -> None:
+    """Checks a suspect model's answers to clean images.
+
+    Raises:
+        ModelError: if one is no number.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError("expected finite outputs on the clean images, got NaN or infinity; the weights are damaged")
+
+
 def accuracy(logits: Tensor, y: Tensor) -> float:
     """Share of rows whose largest logit is the label's."""
     # Counted rather than averaged: a float32 mean of 0.958 reads 0.9580000042915344 in a record.
