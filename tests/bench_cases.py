@@ -13,6 +13,9 @@ from debackdoor.bench.methods import METHODS
 from debackdoor.bench.records import as_read
 from debackdoor.zoo import read_card
 
+SECONDS = ("seconds", "cpu_seconds", "peak_memory_mib")
+"""What differs from one run to the next."""
+
 
 def fake(folder: Path, settings: Settings, cell: Cell) -> dict[str, Any]:
     """Stands in for ``measure``; fails while ``fails-SEED`` exists, is killed as often as ``kills-SEED`` is long."""

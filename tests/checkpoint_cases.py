@@ -1,4 +1,4 @@
-"""What the tests of checkpoints share: a small network, and pickles that would run code."""
+"""What the tests of checkpoints share: small networks, files of their weights, and pickles that would run code."""
 
 from __future__ import annotations
 
@@ -11,13 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from debackdoor.checkpoint import read_checkpoint
+from debackdoor.checkpoint import read_checkpoint, write_checkpoint
 from debackdoor.errors import CheckpointError
+from debackdoor.models import state_dict_of
 
 
 def small() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3))
+
+
+def saved(tmp_path: Path, model: nn.Module, name: str = "m.safetensors") -> Path:
+    write_checkpoint(tmp_path / name, state_dict_of(model))
+    return tmp_path / name
 
 
 def same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:

@@ -66,3 +66,9 @@ def small_zoo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with one_thread():
         assert [built.kept for built in build(read_manifest(manifest), folder / "zoo", device="cpu")] == [False] * 3
     return folder / "zoo", manifest
+
+
+@pytest.fixture
+def zoo(small_zoo: tuple[Path, Path]) -> Path:
+    """The folder of the small zoo's only tier."""
+    return small_zoo[0] / "tiny"

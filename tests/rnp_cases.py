@@ -125,3 +125,7 @@ def quadrant_set(count: int = 80, seed: int = 0) -> CleanSet:
         row, column = 4 * (label // 2), 4 * (label % 2)
         image[:, row : row + 4, column : column + 4] += 0.6
     return CleanSet(x, y, source="quadrants")
+
+
+PILE = quadrant_set(4, seed=1).x
+"""Four images, one of each quarter, drawn with another seed than the clean set."""

@@ -1,14 +1,16 @@
-"""A registry of small models for the tests of scan-many: network files, clean images, checkpoints, manifests."""
+"""What the tests of scan-many share: a registry of small models, a stand-in for the scan, results made by hand."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from jsonschema import Draft202012Validator
@@ -18,10 +20,13 @@ from torch import nn
 import report_cases
 from debackdoor.bench.executors import Outcome
 from debackdoor.bench.manifest import Entry, read_manifest
-from debackdoor.bench.scan_store import Result
+from debackdoor.bench.scan_many import scan_many
+from debackdoor.bench.scan_store import Result, Settings
 from debackdoor.bench.work import in_one_line
 from debackdoor.report import load_schema
 from debackdoor.types import VERDICTS, CleanSet, ScanReport
+
+MODULE = import_module("debackdoor.bench.scan_many")
 
 NETWORKS = """
 import os, signal, time
@@ -141,6 +146,25 @@ def serial(work: Callable[[Any], None], items: Sequence[Any], **_: object) -> It
             yield Outcome(item, in_one_line(error))
         else:
             yield Outcome(item, None)
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(tmp_path)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
+    made = StandIn()
+    monkeypatch.setattr(MODULE, "scan", made)
+    monkeypatch.setattr(MODULE, "execute", serial)
+    MODULE._clean.cache_clear()
+    return made
+
+
+def run(registry: Registry, entries: Sequence[Entry], retry_failed: bool = False, **settings: Any) -> dict[str, Result]:
+    found = scan_many(entries, registry.out, Settings(**settings), retry_failed=retry_failed)
+    return {result.name: result for result in found}
 
 
 def result(name: str, verdict: str | None = "clean", **entries: Any) -> Result:

@@ -1,4 +1,4 @@
-"""Built-in architectures, the --arch forms, and loading checkpoints into them."""
+"""Built-in architectures: their names, sizes and layers, and the normalisation that stands inside."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-from debackdoor.checkpoint import write_checkpoint
-from debackdoor.errors import CheckpointError, ModelError
+from checkpoint_cases import saved
+from debackdoor.errors import ModelError
 from debackdoor.models import (
     Normalized,
     build_model,
-    infer_num_classes,
     load_model,
-    open_model,
     resolve_arch,
     state_dict_of,
     unwrap,
@@ -25,47 +23,7 @@ from debackdoor.models.forward import predict
 from debackdoor.models.layout import set_layout, to_faster_layout
 from toys import ViewNet
 
-# Small enough to be built and run in milliseconds; the width is the stem's.
-ARCHES = {
-    "resnet18": 4,
-    "resnet34": 4,
-    "resnet50": 4,
-    "preactresnet18": 4,
-    "wrn10-1": 4,
-    "wrn16-2": 4,
-    "vgg11": 4,
-    "vgg13_bn": 4,
-    "vgg16": 4,
-    "vgg16_bn": 4,
-    "vgg19": 4,
-    "mobilenetv2": 8,
-}
-
-
-def saved(tmp_path: Path, model: nn.Module, name: str = "m.safetensors") -> Path:
-    write_checkpoint(tmp_path / name, state_dict_of(model))
-    return tmp_path / name
-
-
 # --- built-in networks
-
-
-@pytest.mark.parametrize(("arch", "width"), ARCHES.items())
-def test_round_trip_with_width_channels_and_classes_from_the_file(tmp_path: Path, arch: str, width: int) -> None:
-    torch.manual_seed(0)
-    model = build_model(f"{arch}-w{width}", num_classes=7, in_channels=2).eval()
-    path = saved(tmp_path, model)
-    loaded = open_model(path, arch)
-    images = torch.rand(3, 2, 32, 32)
-    with torch.no_grad():
-        expected = model(images)
-        assert torch.equal(loaded.model(images), expected)
-    assert expected.shape == (3, 7)
-    assert expected.std() > 0
-    assert (loaded.num_classes, loaded.arch) == (7, arch)
-    assert not loaded.model.training
-    assert all(parameter.requires_grad for parameter in loaded.model.parameters())
-    model.load_state_dict(loaded.checkpoint.state_dict, strict=True)
 
 
 @pytest.mark.parametrize(
@@ -139,12 +97,6 @@ def test_plain_vgg_keeps_the_scale_of_its_input(arch: str) -> None:
     assert features.std(0).mean() > 0.01
 
 
-def test_width_suffix_wins_over_the_file(tmp_path: Path) -> None:
-    path = saved(tmp_path, build_model("resnet18-w4", 3))
-    with pytest.raises(CheckpointError, match=r"does not fit resnet18-w8: .* mis-shaped \(first 'bn1\.bias'"):
-        open_model(path, "resnet18-w8")
-
-
 @pytest.mark.parametrize("arch", ["resnet18-w0", "wrn17-2", "wrn16-0", "vgg12", "resnet18-w", "", "w16", "-w16"])
 def test_names_that_do_not_exist(arch: str) -> None:
     with pytest.raises(ModelError) as caught:
@@ -166,6 +118,20 @@ def test_unknown_name_lists_the_names_and_the_closest() -> None:
 def test_nothing_to_train_with_fewer_than_two_classes() -> None:
     with pytest.raises(ModelError, match="at least 2 classes"):
         build_model("resnet18", 1)
+
+
+def test_the_faster_layout_changes_no_answer_and_is_left_where_it_cannot_be_taken() -> None:
+    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    grouped = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(8 * 36, 3))
+    wide, narrow = (build_model(name, 3) for name in ("resnet18-w16", "resnet18-w4"))
+    for model, taken in ((wide, True), (narrow, False), (grouped, False), (ViewNet(), False)):
+        answers = predict(model.eval(), x, precision="fp32")
+        to_faster_layout(model, x)
+        conv = next(p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)
+        assert conv.is_contiguous(memory_format=torch.channels_last) is taken
+        assert torch.allclose(predict(model, x, precision="fp32"), answers, atol=1e-5)
+        set_layout(model, torch.contiguous_format)
+        assert conv.is_contiguous()
 
 
 # --- normalisation
@@ -215,104 +181,3 @@ def test_bad_normalisation(mean: Any, std: Any, message: str) -> None:
 def test_normalisation_for_other_channels_than_the_images_have() -> None:
     with pytest.raises(ModelError, match="expected images of 3 channels, as mean and std have, got 1"):
         Normalized(nn.Flatten(), [0.5] * 3, [0.5] * 3)(torch.ones(1, 1, 2, 2))
-
-
-# --- the number of classes
-
-
-def shapes(**layers: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    return {name.replace("__", "."): torch.zeros(shape) for name, shape in layers.items()}
-
-
-@pytest.mark.parametrize(
-    ("state_dict", "expected"),
-    [
-        (shapes(conv__weight=(8, 3, 3, 3), fc__weight=(43, 8), fc__bias=(43,)), 43),
-        # In any order: a hidden layer's outputs feed the next, the head's feed none.
-        (shapes(fc3__weight=(10, 84), fc1__weight=(120, 400), fc2__weight=(84, 120)), 10),
-        (shapes(classifier__6__weight=(5, 64), classifier__0__weight=(64, 128), classifier__3__weight=(64, 64)), 5),
-        # A usual name decides where projections of a transformer feed no other layer either.
-        (shapes(head__weight=(7, 8), blocks__0__qkv__weight=(24, 8), blocks__0__fc1__weight=(32, 8)), 7),
-        (shapes(model__head__fc__weight=(7, 8), model__blocks__0__qkv__weight=(24, 8)), 7),
-        (shapes(mlp_head__1__weight=(6, 8), to_qkv__weight=(24, 8)), 6),
-        # Two heads of one size, as distilled networks have.
-        (shapes(head__weight=(7, 8), head_dist__weight=(7, 8)), 7),
-        (shapes(relative_position_bias_table=(169, 3), token_embedding__weight=(99, 4), out__weight=(3, 4)), 3),
-        (
-            shapes(
-                features__0__weight=(64, 3, 3, 3),
-                features__3__weight=(16, 64, 1, 1),
-                classifier__1__weight=(9, 512, 1, 1),
-            ),
-            9,
-        ),
-        (shapes(a__weight=(16, 8, 1, 1), b__weight=(9, 16, 1, 1)), 9),
-        # As many classes as features.
-        (shapes(classifier__0__weight=(100, 512), classifier__2__weight=(100, 100)), 100),
-    ],
-)
-def test_class_count(state_dict: dict[str, torch.Tensor], expected: int) -> None:
-    assert infer_num_classes(state_dict) == expected
-
-
-@pytest.mark.parametrize(
-    "state_dict",
-    [{}, shapes(conv__weight=(8, 3, 3, 3)), shapes(x__weight=(5, 8), y__weight=(6, 8)), shapes(fc__weight_g=(5, 1))],
-)
-def test_unclear_class_count_asks_for_it(state_dict: dict[str, torch.Tensor]) -> None:
-    with pytest.raises(CheckpointError, match="give --num-classes"):
-        infer_num_classes(state_dict)
-
-
-@pytest.mark.parametrize("arch", ["resnet18", "vgg11"])
-def test_wrong_class_count_says_what_the_file_has(tmp_path: Path, arch: str) -> None:
-    path = saved(tmp_path, build_model(f"{arch}-w4", 10))
-    with pytest.raises(CheckpointError, match=r"m\.safetensors: expected 43 classes .* got a last layer of 10"):
-        open_model(path, arch, num_classes=43)
-    assert open_model(path, arch, num_classes=10).num_classes == 10
-
-
-def test_the_class_count_that_is_given_counts(tmp_path: Path) -> None:
-    """What is inferred may be another layer's: here that of a head whose weight lies (features, classes)."""
-    (tmp_path / "net.py").write_text(
-        "import torch\nfrom torch import nn\n\n\nclass Head(nn.Module):\n    def __init__(self, n):\n"
-        "        super().__init__()\n        self.weight = nn.Parameter(torch.ones(12, n))\n\n"
-        "    def forward(self, x):\n        return x.flatten(1) @ self.weight\n\n\n"
-        "def make(num_classes):\n    return nn.Sequential(nn.Conv2d(3, 3, 1), Head(num_classes))\n"
-    )
-    arch = f"{tmp_path / 'net.py'}:make"
-    path = saved(tmp_path, build_model(arch, 10))
-    assert infer_num_classes(open_model(path, arch, num_classes=10).model.state_dict()) == 12
-    with pytest.raises(CheckpointError, match="expected 11 classes as asked for, got a last layer of 12"):
-        open_model(path, arch, num_classes=11)
-
-
-def test_state_dict_of_another_architecture(tmp_path: Path) -> None:
-    path = saved(tmp_path, build_model("preactresnet18-w4", 10))
-    with pytest.raises(CheckpointError) as caught:
-        open_model(path, "resnet18")
-    assert "missing (first 'bn1.weight')" in str(caught.value)
-    assert "mis-shaped (first 'layer2.0.bn1.bias' of shape (4,) where (8,) is expected)" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_file_becomes_a_float32_model(tmp_path: Path, dtype: torch.dtype) -> None:
-    write_checkpoint(tmp_path / "m.pt", build_model("resnet18-w4", 4).to(dtype).state_dict())
-    model = load_model(tmp_path / "m.pt", "resnet18")
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert model(torch.rand(1, 3, 8, 8)).isfinite().all()
-
-
-def test_the_faster_layout_changes_no_answer_and_is_left_where_it_cannot_be_taken() -> None:
-    x = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    grouped = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(8 * 36, 3))
-    wide, narrow = (build_model(name, 3) for name in ("resnet18-w16", "resnet18-w4"))
-    for model, taken in ((wide, True), (narrow, False), (grouped, False), (ViewNet(), False)):
-        answers = predict(model.eval(), x, precision="fp32")
-        to_faster_layout(model, x)
-        conv = next(p for p in model.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1)
-        assert conv.is_contiguous(memory_format=torch.channels_last) is taken
-        assert torch.allclose(predict(model, x, precision="fp32"), answers, atol=1e-5)
-        set_layout(model, torch.contiguous_format)
-        assert conv.is_contiguous()

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from checkpoint_cases import saved
 from debackdoor.checkpoint import write_checkpoint
 from debackdoor.errors import CheckpointError, MissingDependencyError, ModelError
 from debackdoor.models import (
@@ -23,12 +24,6 @@ from debackdoor.models import (
     state_dict_of,
     unwrap,
 )
-
-
-def saved(tmp_path: Path, model: nn.Module, name: str = "m.safetensors") -> Path:
-    write_checkpoint(tmp_path / name, state_dict_of(model))
-    return tmp_path / name
-
 
 # --- the user's own code
 

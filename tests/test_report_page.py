@@ -1,108 +1,25 @@
-"""The report page: what it says for every verdict, what it shows, and that nothing of a model's maker gets to run."""
+"""The report page: what it says for every verdict, what it refuses, and that nothing of a model's maker gets to run."""
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import re
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
 import report_cases as cases
 from debackdoor.detectors.evidence import PILED_UP
 from debackdoor.errors import DebackdoorError, MissingDependencyError
-from debackdoor.report import figures
 from debackdoor.report.page import write_page
 from debackdoor.report.pictures import Pictures
 from debackdoor.report.records import to_json
+from report_page_cases import EVIL, everything, page
 
-EVIL = "<script>alert('x')</script>\"'&$\\frac{"
-VOID = ("meta", "link", "img", "br")
-
-
-class Page(HTMLParser):
-    """The elements of a page, its words, and everything that a browser would fetch or run."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.open: list[str] = []
-        self.active: list[str] = []
-        self.words = ""
-        self.feed(text)
-        self.words = " ".join(self.words.replace("\u00a0", " ").split())
-
-    def handle_starttag(self, tag: str, attributes: Sequence[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attributes}
-        self.elements.append((tag, found))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag in ("script", "iframe", "object", "embed", "form", "base"):
-            self.active.append(tag)
-        self.active += [name for name in found if name.startswith("on")]
-        for name in ("src", "srcset", "href", "xlink:href", "action"):
-            if name in found and not found[name].startswith(("data:", "#")):
-                self.active.append(found[name])
-
-    def handle_startendtag(self, tag: str, attributes: Sequence[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attributes)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words += "" if self.open[-1:] == ["style"] else f"{data} "
-
-    def all(self, tag: str) -> list[dict[str, str]]:
-        return [found for name, found in self.elements if name == tag]
-
-    def alts(self, start: str = "") -> list[str]:
-        return [image["alt"] for image in self.all("img") if image["alt"].startswith(start)]
-
-
-@pytest.fixture
-def page(tmp_path: Path) -> Any:
-    """Writes a page and reads it, once it is found to be well formed and passive."""
-
-    def write(record: Any, **given: Any) -> Page:
-        path = tmp_path / "page.html"
-        write_page(path, record, **given)
-        text = path.read_text(encoding="utf-8")
-        assert text.startswith("<!doctype html>")
-        found = Page(text)
-        assert found.open == []
-        assert found.active == []
-        assert "url(http" not in text
-        assert "@import" not in text
-        ids = [element["id"] for _, element in found.elements if "id" in element]
-        assert len(ids) == len(set(ids))
-        assert all(image["alt"] for image in found.all("img"))
-        assert all("scope" in cell for cell in found.all("th"))
-        return found
-
-    return write
-
-
-def pixels(image: dict[str, str]) -> NDArray[np.uint8]:
-    head, _, data = image["src"].partition(",")
-    assert head == "data:image/png;base64"
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
-
-
-def everything() -> Pictures:
-    return Pictures(cases.trigger(), cases.clean_set(), cases.sample_scores(), cases.suspect_images())
+__all__ = ["page"]
 
 
 @pytest.mark.parametrize(
@@ -185,93 +102,11 @@ def test_all_to_all(page: Any) -> None:
     assert "90.0 % are led away, 20.0 % to one label Counts" in words
 
 
-def test_the_trigger_and_stamped_images_are_right(page: Any) -> None:
-    images = page(cases.scan(), pictures=everything()).all("img")
-    mask, pattern, both = (pixels(image) for image in images[:3])
-    assert (mask.shape, pattern.shape, both.shape) == ((32, 32), (32, 32, 3), (32, 32, 3))
-    assert (mask[-4:-1, -4:-1] == 242).all()
-    assert (pattern[-4:-1, -4:-1, 0] == [[255, 0, 255], [0, 255, 0], [255, 0, 255]]).all()
-    assert both[0, 0, 0] == round(255 * 0.02 * 0.5)
-    pairs = images[3:15]
-    assert [image["alt"] for image in pairs[::2]] == [
-        f"Clean image of label {label} ({cases.NAMES[label]})" for label in (0, 1, 2, 4, 5, 6)
-    ]
-    clean, trigger = cases.clean_set(), cases.trigger()
-    for index, (before, after) in zip((0, 1, 2, 4, 5, 6), zip(pairs[::2], pairs[1::2], strict=True), strict=True):
-        wanted = torch.stack([clean.x[index], trigger.apply(clean.x[index : index + 1])[0]])
-        shown = np.stack([pixels(before), pixels(after)]).transpose(0, 3, 1, 2)
-        assert np.abs(shown - 255 * wanted.numpy()).max() <= 0.51
-
-
-def test_a_faint_pattern_is_shown_loud_and_on_images_as_it_is(page: Any) -> None:
-    """Stripes of 0.02 up and down fill the range from black to white; on an image they are five grey levels."""
-    found = page(cases.scan(), pictures=replace(everything(), pattern=cases.pattern()))
-    assert "Held-out images it sends to 3 (cat) 81.0 % Strength (root mean square) 0.02" in found.words
-    loud, before, after = (pixels(image).astype(int) for image in found.all("img")[15:18])
-    assert (loud[:, ::2] == 255).all()
-    assert (loud[:, 1::2] == 0).all()
-    assert set(np.unique(np.abs(after - before))) <= {4, 5, 6}
-    assert found.alts("The same image with the pattern") == ["The same image with the pattern"] * 6
-
-
-def test_without_a_faint_pattern_none_is_mentioned(page: Any) -> None:
-    assert "faint pattern that does so" not in page(cases.scan(pattern=None), pictures=everything()).words
-
-
-def test_the_samples_with_the_highest_scores(page: Any) -> None:
-    found = page(cases.scan(), pictures=everything())
-    assert found.alts("Suspect image") == [f"Suspect image {number}" for number in range(23, 11, -1)]
-    assert "12 of 24 images are flagged" in found.words
-    assert "5.0 % of clean images" in found.words
-    none = Pictures(
-        scores=replace(cases.sample_scores(0), flagged=torch.zeros(0, dtype=torch.bool)),
-        suspects=torch.zeros(0, 3, 8, 8),
-    )
-    assert page(cases.scan(), pictures=none).alts() == []
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
-def test_images_of_any_number_of_channels(page: Any, channels: int) -> None:
-    x = torch.linspace(0, 1, 200).expand(12, channels, 300, 200)
-    clean = replace(cases.clean_set(count=12), x=x)
-    trigger = replace(cases.trigger(), mask=torch.zeros(1, 300, 200), pattern=x[0])
-    images = page(cases.scan(), pictures=Pictures(trigger, clean, cases.sample_scores(12), x)).all("img")
-    assert len(images) == 3 + 12 + 12
-    assert pixels(images[-1]).shape == ((224, 149, 3) if channels == 3 else (224, 149))
-
-
-@pytest.mark.parametrize("classes", [2, 10, 43, 1000])
-def test_any_number_of_classes(page: Any, classes: int) -> None:
-    found = page(cases.scan(classes=classes))
-    bars = found.words[found.words.index("At the peak") : found.words.index("Over the steps")]
-    left_out = f"The {classes - 10} labels with smaller shares are left out."
-    assert (left_out in bars) == (classes > 10)
-    assert len(re.findall(r"\d \d+\.\d %", bars)) <= min(classes, 10)
-    assert f"every label would get {100 / classes:.1f} %" in found.words
-
-
 def test_nothing_but_a_verdict(page: Any) -> None:
     found = page(cases.scan("inconclusive", suspects=(), evidence={}, ranking=(), history={}))
     assert found.all("figure") == []
     assert "The recovered trigger" not in found.words
     assert "Channels that" not in found.words
-
-
-def test_a_trigger_without_pictures(page: Any) -> None:
-    found = page(cases.scan())
-    assert f"98.8 % Size {cases.trigger().l1:.4g} pixels" in found.words
-    assert found.alts() == []
-
-
-def test_channels_by_layer_in_their_own_order(page: Any) -> None:
-    found = page(cases.scan())
-    chart = found.words[found.words.index("Channels with a score") : found.words.index("The 20 channels")]
-    assert "The 4 layers with fewer of them are left out." in chart
-    layers = re.findall(r"layer\S+bn2", chart)
-    assert layers == sorted(layers)
-    assert "25 of 64" in chart
-    assert "the JSON record has 50" in found.words
-    assert sorted(["b10", "b9", "a", "b"], key=figures.natural) == ["a", "b", "b9", "b10"]
 
 
 def test_a_scan_and_the_repair_that_followed(page: Any) -> None:
@@ -325,32 +160,6 @@ def test_text_of_others_stays_text(page: Any) -> None:
     assert found.words.count("<script>alert('x')</script>") > 10
     assert "line break \ufffdgnirts \ufffd" in found.words
     assert f"{EVIL}\ufffd.pt" in found.words
-
-
-@pytest.mark.parametrize("name", ["名前" * 30, "\U0001f600", "$a$", "#040404", "</text>", "a" * 300])
-def test_charts_take_any_name(name: str, recwarn: pytest.WarningsRecorder) -> None:
-    chart = figures.share_bars([0.9, 0.1], [name, "b"], [0], name)
-    found = Page(chart)
-    assert figures.text(name, 20) in found.words
-    assert found.all("svg")[0]["aria-label"] == name
-    assert "var(--bad)" in chart
-    assert list(recwarn) == []
-
-
-def test_figures_are_the_same_each_time_and_leave_matplotlib_alone() -> None:
-    from matplotlib import rcParams
-
-    before = dict(rcParams)
-    rows = cases.scan()["unlearning"]
-    assert figures.share_lines(rows, [3], "a") == figures.share_lines(rows, [3], "a")
-    assert "pyplot" not in figures.share_lines.__globals__
-    assert dict(rcParams) == before
-
-
-def test_a_single_check_without_accuracy(page: Any) -> None:
-    rows = [{"step": 2, "accuracy": float("nan"), "label_shares": [0.5, 0.5]}]
-    found = page(cases.scan(classes=2, history={"unlearn": rows}))
-    assert "Accuracy ends at not known." in found.all("svg")[-2]["aria-label"].replace("\u00a0", " ")
 
 
 def test_a_record_read_from_json_gives_the_same_page(tmp_path: Path) -> None:

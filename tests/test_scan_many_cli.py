@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -16,22 +15,9 @@ from cli_cases import Ran, Shell
 from debackdoor.bench import overview
 from debackdoor.bench.executors import Outcome
 from debackdoor.errors import MissingDependencyError
-from scan_many_cases import Registry, StandIn, serial
+from scan_many_cases import MODULE, Registry, StandIn, registry, serial, stand_in
 
-MODULE = import_module("debackdoor.bench.scan_many")
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path)
-
-
-@pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    made = StandIn()
-    monkeypatch.setattr(MODULE, "scan", made)
-    monkeypatch.setattr(MODULE, "execute", serial)
-    return made
+__all__ = ["registry", "stand_in"]
 
 
 def ran(shell: Shell, registry: Registry, verdicts: list[str], *more: object) -> Ran:

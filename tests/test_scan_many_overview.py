@@ -15,9 +15,9 @@ from debackdoor.bench import overview
 from debackdoor.bench.overview import write_overview
 from debackdoor.bench.scan_store import Result
 from debackdoor.errors import DebackdoorError
+from report_page_cases import EVIL, Page
 from scan_many_cases import result
 from test_report_browser import BROWSER, axe, browser, fetched, show  # noqa: F401
-from test_report_page import EVIL, Page
 
 needs_browser = pytest.mark.skipif(
     not (BROWSER and shutil.which("chromedriver")), reason="Chromium or its chromedriver is not installed"

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from cli_cases import Shell
-from scan_many_cases import Registry
+from scan_many_cases import Registry, registry
+
+__all__ = ["registry"]
 
 TIMEOUT = 300.0
 """Seconds, on a machine that has much else to do."""
@@ -22,11 +24,6 @@ TIMEOUT = 300.0
 
 def scan_many(registry: Registry, *more: str) -> list[str]:
     return ["scan-many", str(registry.folder / "models.csv"), "--out", str(registry.out), "--workers", "2", *more]
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(tmp_path)
 
 
 def test_two_processes_scan_as_one_command_does(registry: Registry, shell: Shell) -> None:

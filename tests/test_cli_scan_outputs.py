@@ -1,0 +1,180 @@
+"""The forms that scan writes: what they may not replace, and findings that no failure to write hides."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import report_cases
+from cli_cases import Shell
+from cli_scan_cases import StandIn, scan_of, stand_in, valid
+
+__all__ = ["stand_in"]
+
+
+def test_every_form_is_written(shell: Shell, stand_in: StandIn) -> None:
+    stand_in.report = report_cases.report("backdoored")
+    page, log = shell.folder / "out.html", shell.folder / "out.sarif"
+    log.write_text("of an earlier scan")
+    arguments = scan_of(shell, "--html", page, "--sarif", log, "--quiet")
+    ran = shell(*arguments)
+    assert (ran.code, ran.out, ran.err) == (1, "", "")
+    html = page.read_text()
+    assert html.startswith("<!doctype html>")
+    assert "Backdoored" in html
+    assert f"debackdoor scan {arguments[1]} --arch {shell.arch} --clean digits" in html
+    (run,) = json.loads(log.read_text())["runs"]
+    assert [result["ruleId"] for result in run["results"]] == ["DBD001"]
+    assert run["properties"]["verdict"] == "backdoored"
+
+
+FORMS = ("--json", "--html", "--sarif")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("verdict", ["backdoored", "suspicious", "clean", "inconclusive"])
+def test_no_finding_is_hidden_by_a_full_disk(
+    shell: Shell, stand_in: StandIn, form: str, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stand_in.report = report_cases.report(verdict)
+    arguments = scan_of(shell, form, shell.folder / "out", "--quiet")
+    monkeypatch.setattr(os, "replace", fail)
+    ran = shell(*arguments)
+    finding = verdict in ("backdoored", "suspicious")
+    assert (ran.code, ran.out) == (1 if finding else 2, "")
+    assert "No space left on device; check" in ran.err
+    assert ("the finding stands" in ran.err) == finding
+    assert "Traceback" not in ran.err
+    assert not (shell.folder / "out").exists()
+
+
+def test_no_finding_is_hidden_by_a_reader_that_left(shell: Shell) -> None:
+    """In a process of its own, whose end must not fail either."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import importlib, report_cases; "
+        "from debackdoor.cli import main; "
+        "importlib.import_module('debackdoor.scan').scan = lambda *_, **__: report_cases.report('backdoored'); "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    tests = str(Path(__file__).parent)
+    arguments = [str(argument) for argument in scan_of(shell, "--json", "-", "--quiet")]
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run(
+        [sys.executable, "-c", code, tests, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (1, "debackdoor: the finding stands\n")
+
+
+IN_A_PROCESS = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); import importlib, report_cases; from debackdoor.cli import main; "
+    "from dataclasses import replace; found = report_cases.report('backdoored'); "
+    "found = replace(found, suspects=(replace(found.suspects[0], name='\u732b'),)); "
+    "importlib.import_module('debackdoor.scan').scan = lambda *_, **__: found; sys.exit(main(sys.argv[1:]))"
+)
+
+
+def test_a_terminal_of_few_letters_hides_no_finding(shell: Shell) -> None:
+    arguments = [str(argument) for argument in scan_of(shell, "--json", shell.folder / "out.json")]
+    ran = subprocess.run(
+        [sys.executable, "-c", IN_A_PROCESS, str(Path(__file__).parent), *arguments],
+        env=os.environ | {"PYTHONIOENCODING": "latin-1:strict"},
+        capture_output=True,
+        check=False,
+    )
+    assert (ran.returncode, b"Traceback" in ran.stderr) == (1, False)
+    assert b"(\\u732b)" in ran.stdout
+    assert valid((shell.folder / "out.json").read_text())["suspect_labels"][0]["name"] == "\u732b"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_words_that_cannot_be_written_hide_no_finding(shell: Shell) -> None:
+    arguments = [str(argument) for argument in scan_of(shell, "--json", shell.folder / "out.json")]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-c", IN_A_PROCESS, str(Path(__file__).parent), *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (ran.returncode, "Traceback" in ran.stderr) == (1, False), ran.stderr
+    assert valid((shell.folder / "out.json").read_text())["verdict"] == "backdoored"
+
+
+def test_a_form_that_cannot_be_written_takes_no_other_along(
+    shell: Shell, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(importlib.import_module("debackdoor.cli.scan"), "write_text", fail)
+    ran = shell(*scan_of(shell, "--sarif", shell.folder / "a.sarif", "--html", shell.folder / "a.html"))
+    assert (ran.code, (shell.folder / "a.html").exists()) == (2, True)
+
+
+@pytest.mark.parametrize("form", ["--html", "--sarif"])
+def test_standard_output_is_for_json_alone(shell: Shell, stand_in: StandIn, form: str) -> None:
+    ran = shell(*scan_of(shell, form, "-"))
+    assert (ran.code, stand_in.given) == (2, {})
+    assert "expected a file to write, got '-', standard output; give a file name" in ran.err
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("place", ["model.safetensors", "same.safetensors", "images.npz", "", "nowhere/out"])
+def test_outputs_that_cannot_be_are_refused_before_the_work(
+    shell: Shell, stand_in: StandIn, form: str, place: str
+) -> None:
+    arguments = scan_of(shell, form, shell.folder / place)
+    arguments[5] = shell.images([0, 1] * 20)
+    os.link(shell.folder / "model.safetensors", shell.folder / "same.safetensors")
+    before = {path: path.read_bytes() for path in shell.files() if path.is_file()}
+    ran = shell(*arguments)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert "expected a fil" in ran.err or "expected a folder" in ran.err
+    assert stand_in.given == {}
+    assert {path: path.read_bytes() for path in shell.files() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["file", "module", "package", "transformers", "word"])
+def test_no_form_takes_the_place_of_a_network_or_named_images(
+    shell: Shell, stand_in: StandIn, form: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever ``--arch`` and ``--clean`` stand for is read, under whatever name."""
+    folder = shell.folder
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("DEBACKDOOR_DATA", str(folder))
+    for place in ("cifar10/0/0.png", "nets/own.py", "vit/config.json"):
+        (folder / place).parent.mkdir(parents=True)
+        (folder / place).write_text("mine")
+    arch, clean, target = {
+        "file": (shell.arch, "digits", "net.py"),
+        "module": ("net:make", "digits", "net.py"),
+        "package": ("nets.own:make", "digits", "nets/own.py"),
+        "transformers": ("hf:vit", "digits", "vit/config.json"),
+        "word": (shell.arch, "cifar10", "cifar10/0/0.png"),
+    }[kind]
+    before = (folder / target).read_bytes()
+    ran = shell("scan", shell.checkpoint(), "--arch", arch, "--clean", clean, form, folder / target)
+    assert (ran.code, stand_in.given) == (2, {})
+    assert "expected a file of its own to write" in ran.err
+    assert (folder / target).read_bytes() == before
+
+
+@pytest.mark.parametrize("forms", [("--json", "--html"), ("--json", "--sarif"), ("--html", "--sarif")])
+def test_no_form_takes_the_place_of_another(shell: Shell, stand_in: StandIn, forms: tuple[str, str]) -> None:
+    ran = shell(*scan_of(shell, *(item for form in forms for item in (form, shell.folder / "out"))))
+    assert (ran.code, stand_in.given) == (2, {})
+    assert "expected a file of its own to write, got that of another use; give another file" in ran.err
