@@ -33,6 +33,7 @@ from debackdoor.defenses import FineTuning
 from debackdoor.evaluation import Evaluation, accuracy, defence_effectiveness, evaluate
 from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
+from debackdoor.repair import BUDGET
 from debackdoor.runtime import device_name, resolve_device, versions
 from debackdoor.types import CleanSet, RepairResult
 from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
@@ -99,6 +100,7 @@ def record_of(
         "target": card.target,
         "mode": card.mode,
         "defense": defense,
+        "defense_parameters": {"budget": BUDGET},
         "blind": True,
         "seed": seed,
         "clean_images": len(clean),

@@ -34,7 +34,7 @@ from debackdoor.attacks import load_trigger
 from debackdoor.attacks.base import ALL_TO_ONE
 from debackdoor.case import Case, open_case
 from debackdoor.defenses import RNP
-from debackdoor.detect import DETECTORS, expose_several, repaired_model
+from debackdoor.detect import DETECTORS, clean_threshold, expose_several, repaired_model
 from debackdoor.detectors.cognitive_distillation import CognitiveDistillation
 from debackdoor.detectors.samples import ExposedMargin, smallest
 from debackdoor.detectors.shift import REPAIR_SHIFT, repair_shift
@@ -198,7 +198,7 @@ def _judge(name: str, case: Case, models: Sequence[nn.Module], pile: Pile) -> di
     scores, of_clean = _scores(name, case, models, pile.x)
     seconds = time.perf_counter() - started
     triggered = torch.arange(len(scores)) >= len(pile.clean)
-    flagged = scores > of_clean.quantile(1 - FALSE_POSITIVES, interpolation="higher")
+    flagged = scores > clean_threshold(of_clean, FALSE_POSITIVES)[0]
     return {
         "aurocs": float(roc_auc_score(triggered, scores)),
         "true_positive_rates": int(flagged[triggered].sum()) / len(pile.triggered),

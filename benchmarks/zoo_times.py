@@ -32,9 +32,9 @@ def main(
 
 
 def timed(results: Path) -> list[dict[str, Any]]:
-    """The records of repairs that were made together with a scan."""
-    found = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
-    return [record for record in found if "with_scan" in record]
+    """The records of repairs that were made together with a scan: those of backdoored models, once each."""
+    found = [json.loads(path.read_text()) for path in sorted(results.glob("*-seed0-n500.json"))]
+    return [record for record in found if "with_scan" in record and record["der"] is not None]
 
 
 def render(records: Sequence[dict[str, Any]]) -> str:

@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from debackdoor.attacks import load_trigger
+from debackdoor.cli import options
 from debackdoor.data import load_dataset
 from debackdoor.data.augment import random_shift
 from debackdoor.errors import DebackdoorError, ModelError
@@ -66,6 +67,7 @@ class Settings:
     unlearn_passes: int
     recover_passes: int
     seed: int
+    flip: bool = True
 
 
 Measure = Callable[[nn.Module], dict[str, float]]
@@ -84,11 +86,11 @@ class Clock:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
-def augmented_batches(images: CleanSet, batch_size: int, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+def augmented_batches(images: CleanSet, settings: Settings, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """One pass in random order: cropped from a frame of four black pixels, and half of the images mirrored."""
-    for index in shuffled_batches(len(images), batch_size, random):
+    for index in shuffled_batches(len(images), settings.batch_size, random):
         x = random_shift(images.x[index], 4, random)
-        mirrored = (torch.rand(len(x), 1, 1, 1, generator=random) < 0.5).to(x.device)
+        mirrored = (torch.rand(len(x), 1, 1, 1, generator=random) < (0.5 if settings.flip else 0.0)).to(x.device)
         yield torch.where(mirrored, x.flip(3), x), images.y[index]
 
 
@@ -126,7 +128,7 @@ def unlearn(
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[10, 20], gamma=0.1)
     history: list[dict[str, float]] = []
     for done in range(1, settings.unlearn_passes + 1):
-        batches = augmented_batches(images, settings.batch_size, random)
+        batches = augmented_batches(images, settings, random)
         row = {"pass": done, "lr": float(schedule.get_last_lr()[0])}
         with clock("unlearn"):
             row |= one_pass(model, batches, optimizer, -1.0)
@@ -176,7 +178,7 @@ def recover(
 
     history = []
     for done in range(1, settings.recover_passes + 1):
-        batches = augmented_batches(images, settings.batch_size, random)
+        batches = augmented_batches(images, settings, random)
         row: dict[str, float] = {"pass": done}
         with clock("recover"):
             row |= one_pass(model, batches, optimizer, 0.2, clamp)
@@ -226,6 +228,7 @@ def reproduce(
     images = train.subset(torch.randperm(len(train), generator=generator(settings.seed))[:count])
     images = images.to(next(model.parameters()).device)
     between = measure if test_evaluation else lambda _: {}
+    masks_file.unlink(missing_ok=True)  # an earlier run's would be taken for this one's where unlearning fails
     record: dict[str, Any] = {"images": count, "before": measure(model), "recover": [], "sweep": [], "error": None}
     exposed = copy.deepcopy(model)
     record["reached"], record["unlearn"] = unlearn(exposed, images, settings, between, clock)
@@ -247,8 +250,8 @@ def main(
     data: Annotated[str, typer.Option(help="Training and test images, such as cifar10.")],
     trigger: Annotated[Path, typer.Option(metavar="DIR", help="The trigger's folder.")],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where masks.txt and record.json go.")],
-    mean: Annotated[str | None, typer.Option(metavar="A,B,C")] = None,
-    std: Annotated[str | None, typer.Option(metavar="A,B,C")] = None,
+    mean: options.Mean = None,
+    std: options.Std = None,
     test_evaluation: Annotated[bool, typer.Option(help="Evaluate the test set after every pass.")] = True,
     ratio: Annotated[float, typer.Option(help="Share of the training images that is used.")] = 0.01,
     batch_size: int = 128,
@@ -256,14 +259,14 @@ def main(
     stop_accuracy: Annotated[float, typer.Option(help="Running accuracy at which unlearning ends.")] = 0.20,
     unlearn_passes: Annotated[int, typer.Option(min=1)] = 21,
     recover_passes: Annotated[int, typer.Option(min=1)] = 20,
+    flip: Annotated[bool, typer.Option(help="Mirror half of the images; wrong for traffic signs.")] = True,
     seed: int = 98,
     device: str = "auto",
 ) -> None:
     """Runs the published RNP on a backdoored model and prints its pruning sweep."""
-    settings = Settings(ratio, batch_size, lr, stop_accuracy, unlearn_passes, recover_passes, seed)
+    settings = Settings(ratio, batch_size, lr, stop_accuracy, unlearn_passes, recover_passes, seed, flip)
     try:
-        normalisation = [None if text is None else [float(part) for part in text.split(",")] for text in (mean, std)]
-        loaded = open_model(checkpoint, arch, None, *normalisation)
+        loaded = open_model(checkpoint, arch, None, mean, std)
         attack = load_trigger(trigger)
         train, test = load_dataset(data, "train"), load_dataset(data, "test")
         out.mkdir(parents=True, exist_ok=True)

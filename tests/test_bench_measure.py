@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from bench_cases import SECONDS
 from debackdoor.bench import measure as measuring
 from debackdoor.bench.cells import Cell
 from debackdoor.bench.measure import Settings, failed, measure
-from debackdoor.errors import DataError
+from debackdoor.defenses import FineTuning
+from debackdoor.errors import DataError, DebackdoorError
+from debackdoor.types import CleanSet, RepairResult
 from debackdoor.zoo import read_card
 
 
@@ -25,10 +28,31 @@ def test_weights_that_are_not_those_of_the_card_are_refused(zoo: Path, tmp_path:
         measure(Settings(tmp_path / "zoo", "cpu"), Cell("patch", "ft-0.01", 0, 120))
 
 
+def test_other_images_than_those_of_the_card_are_refused(zoo: Path, tmp_path: Path) -> None:
+    shutil.copytree(zoo, tmp_path / "zoo")
+    card = tmp_path / "zoo" / "patch.json"
+    hashes = json.loads(card.read_text())["data_sha256"]
+    card.write_text(card.read_text().replace(hashes["test"], "0" * 64))
+    with pytest.raises(DataError, match=rf"digits: expected the test images that patch was .* got {hashes['test']};"):
+        measure(Settings(tmp_path / "zoo", "cpu"), Cell("patch", "ft-0.01", 0, 120))
+
+
+def test_a_fine_tuning_that_fails_takes_nothing_from_the_defence(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Diverging(FineTuning):
+        def __call__(self, model: nn.Module, clean: CleanSet, **_: Any) -> RepairResult:
+            raise DebackdoorError("it diverged")
+
+    monkeypatch.setattr(measuring, "FineTuning", Diverging)
+    found = measure(Settings(zoo, "cpu", fine_tune=True), Cell("patch", "ft-0.01", 0, 60))
+    assert (found["error"], found["fine_tuning_error"]) == (None, "it diverged")
+    assert set(found["clean_accuracy"]) == {"before", "after"}
+    assert found["der"] > 0
+
+
 def test_a_record_has_what_was_measured(zoo: Path) -> None:
     """Before the defence the rates are those on the card; the DER follows from them."""
     card = read_card(zoo / "patch.json")
-    found = measure(Settings(zoo, "cpu", fine_tune=True), Cell("patch", "ft-0.05", 1, 120))
+    found = measure(Settings(zoo, "cpu", fine_tune=True, commit="abc"), Cell("patch", "ft-0.05", 1, 120))
     assert found["schema"] == "debackdoor/bench/1"
     assert (found["model"], found["attack"], found["defense"], found["blind"]) == ("patch", "badnets", "ft-0.05", True)
     assert (found["seed"], found["clean_images"], found["error"]) == (1, 120, None)
@@ -44,7 +68,8 @@ def test_a_record_has_what_was_measured(zoo: Path) -> None:
     assert found["seconds"] > 0
     assert 50 < found["peak_memory_mib"] < 20_000
     assert [step["name"] for step in found["steps"]] == ["fine-tune"]
-    assert found["device"] == "cpu"
+    assert (found["device"], found["commit"]) == ("cpu", "abc")
+    assert found["data_sha256"] == card.data_sha256
     assert json.loads(json.dumps(found)) == found
     error = failed(card, Cell("patch", "ft-0.05", 1, 120), "why")
     assert set(error) == set(found)
@@ -86,10 +111,8 @@ def test_too_few_images_are_an_error_of_the_cell(zoo: Path) -> None:
 
 def test_nobody_elses_commit_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In a repository that does not track this package, as outside of any, there is none to name."""
-    measuring.commit.cache_clear()
     monkeypatch.setattr(measuring, "__file__", str(tmp_path / "measure.py"))
     assert measuring.commit() is None
-    measuring.commit.cache_clear()
 
 
 def test_peak_memory_is_that_of_the_work_alone() -> None:

@@ -125,6 +125,17 @@ def test_cells_without_the_rates_after_fine_tuning_are_measured_again(zoo: Path,
 
 
 @pytest.mark.usefixtures("here")
+def test_fine_tunings_that_failed_are_tried_again_on_request(zoo: Path, tmp_path: Path) -> None:
+    def work(settings: Settings, cell: Cell) -> dict[str, Any]:
+        return fake(tmp_path, settings, cell) | {"changed": True, "fine_tuning_error": "it diverged"}
+
+    cells, out = matrix(zoo, seeds=[0]), tmp_path / "out"
+    for retry_failed, kept in ((False, False), (False, True), (True, False)):
+        (item,) = run(cells, out, fine_tune=True, retry_failed=retry_failed, measure=work)
+        assert (item.kept, item.record["error"]) == (kept, None)
+
+
+@pytest.mark.usefixtures("here")
 def test_a_failure_where_only_the_fine_tuned_rates_were_wanting(zoo: Path, tmp_path: Path) -> None:
     """It is told, and the rates that there are stay."""
 

@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cli_cases import Shell
 from debackdoor.attacks import BadNets, save_trigger
 from debackdoor.cli.progress import Stages
+from debackdoor.data import load_dataset
 from debackdoor.files import sha256_of
 
 # attack, evaluate and demo
@@ -86,6 +88,16 @@ def test_what_would_be_ignored_is_refused(shell: Shell, arguments: tuple[object,
     data = ("--arch", shell.arch, "--data", "digits", "--test", "digits", "--limit", 200)
     ran = shell("attack", *arguments, *data, "--out", shell.folder / "out")
     assert (ran.code, message in ran.err) == (4, True), ran
+    assert not (shell.folder / "out").exists()
+
+
+def test_the_images_that_are_trained_on_are_no_test(shell: Shell) -> None:
+    file = shell.folder / "digits.npz"
+    digits = load_dataset("digits", limit=60)
+    np.savez(file, x=(digits.x * 255).byte().permute(0, 2, 3, 1).numpy(), y=digits.y.numpy())
+    ran = shell("attack", "clean", "--arch", shell.arch, "--data", file, "--test", file, "--out", shell.folder / "out")
+    assert ran.code == 2
+    assert "expected a training and a test part, got the same images for both" in ran.err
     assert not (shell.folder / "out").exists()
 
 

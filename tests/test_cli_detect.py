@@ -81,7 +81,7 @@ def test_exit_codes(shell: Shell, stand_in: StandIn, p_value: float, code: int) 
     assert ran.out.splitlines() == [
         "flagged: sub/3.png, which the model calls 7 (score 13)",
         "flagged: 2.png, which the model calls 7 (score 12)",
-        "2 of 4 images are flagged, by a stand-in; of clean images it would be about 1.0%",
+        "2 of 4 images are flagged, by a stand-in; of clean images it would be at most about 1.0%",
     ]
 
 

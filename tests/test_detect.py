@@ -46,14 +46,14 @@ def detect(pile: Tensor | CleanSet = PILE, **more: Any) -> db.SampleScores:
 
 
 def test_the_threshold_is_a_clean_score_and_flagged_is_what_is_above(fixed: type[Fixed]) -> None:
-    """A tenth of 20 scores from 0 to 19 may be above: 0.9 of the way is 17.1, and the next score is 18, with one above.
+    """A tenth of a further score's 21 places among 20 may be above, 2.1: those beside 19, so that the threshold is 18.
 
     Were the four clean, all places among the 24 would be as likely for them. Three of them come before the second
     clean one if at least three are among the first four: 4 * 20 ways for three, and one for four, of 24 choose 4.
     """
     fixed.scores = [18.5, 18.0, 25.0, 19.5]
     found = detect(method="fixed", false_positive_rate=0.1)
-    assert found.threshold == 18.0
+    assert (found.threshold, found.false_positive_rate) == (18.0, 0.1)
     assert found.flagged.tolist() == [True, False, True, True]
     assert found.p_value == pytest.approx((4 * 20 + 1) / comb(24, 4))
 
@@ -64,7 +64,7 @@ def test_the_threshold_is_a_clean_score_and_flagged_is_what_is_above(fixed: type
         (0.0, [19.0, 20.0, 21.0], 19.0, 2, 3 / comb(23, 2)),  # two of three before 20: the first two places, 3 pairs
         (0.0, [1.0, 2.0, 19.0], 19.0, 0, 1.0),
         (0.01, [99.0, 98.0, 97.0], 19.0, 3, 1 / comb(23, 3)),  # of 20, a hundredth is none
-        (0.05, [99.0, 98.0, 97.0], 19.0, 3, 1 / comb(23, 3)),  # 18.05 is above 18
+        (0.05, [99.0, 98.0, 97.0], 19.0, 3, 1 / comb(23, 3)),  # above 18 there would be 2 places of 21
         (1.0, [0.0, 0.0, 0.5], 0.0, 1, None),
     ],
 )
@@ -85,7 +85,7 @@ def test_the_scores_are_a_sequence(fixed: type[Fixed]) -> None:
     assert (len(found), list(found), found[2]) == (4, fixed.scores, 25.0)
     assert found.answers.tolist() == [0, 1, 2, 3]
     assert found.method == "fixed on the original model"
-    assert found.false_positive_rate == 0.01
+    assert found.false_positive_rate == pytest.approx(1 / 21)  # a hundredth cannot be told with 20
 
 
 def test_the_detector_gets_the_held_out_images_with_the_models_answers(fixed: type[Fixed]) -> None:

@@ -69,7 +69,7 @@ def settings(script: ModuleType, **changes: Any) -> Any:
     return script.Settings(**(published | changes))
 
 
-def plain_batches(images: CleanSet, batch_size: int, random: torch.Generator) -> Any:
+def plain_batches(images: CleanSet, settings: Any, random: torch.Generator) -> Any:
     yield images.x, images.y
 
 
@@ -173,11 +173,14 @@ def test_half_of_the_images_are_mirrored(script: ModuleType) -> None:
     x[:, :, 8, 3] = 1.0
     x[:, :, 8, 4] = 0.5
     images = CleanSet(x, torch.arange(400))
-    (seen, y), *_ = script.augmented_batches(images, 400, generator(0))
+    (seen, y), *_ = script.augmented_batches(images, settings(script, batch_size=400), generator(0))
     assert sorted(y.tolist()) == list(range(400))
     mirrored = sum(int(_first(image) == 0.5) for image in seen)
     assert 150 < mirrored < 250
     assert {tuple(image.sum(2).nonzero()[0].tolist())[1] for image in seen} == set(range(4, 13))
+    (seen, _), *_ = script.augmented_batches(images, settings(script, batch_size=400, flip=False), generator(0))
+    whole = [image for image in seen if image.sum() == 1.5]
+    assert {_first(image) for image in whole} == {1.0}
 
 
 def _first(image: torch.Tensor) -> float:
@@ -242,6 +245,7 @@ def test_the_whole_procedure(script: ModuleType, victim: Path, tmp_path: Path) -
 
 
 def test_the_record_starts_with_what_the_evaluator_says(script: ModuleType, victim: Path, tmp_path: Path) -> None:
+    (tmp_path / "masks.txt").write_text("of an earlier run")
     found = run(script, victim, tmp_path, "--unlearn-passes", "1", "--stop-accuracy", "0", "--no-test-evaluation")
     assert found.exit_code == 1
     assert "published procedure saves no unlearned model" in found.output
@@ -266,6 +270,8 @@ def test_bad_input_is_one_sentence(script: ModuleType, victim: Path, tmp_path: P
     assert found.exit_code == 2
     assert "error:" in found.output
     assert "trigger.json" in found.output
+    found = run(script, victim, tmp_path / "out", "--mean", "a,b")
+    assert (found.exit_code, "expected numbers such as 0.49,0.48,0.45" in found.output) == (2, True)
     write_checkpoint(victim / "vgg.safetensors", build_model("vgg11-w2", 10).state_dict())
     found = CliRunner().invoke(
         _app(script),

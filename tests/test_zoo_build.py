@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+from data_cases import png
 from debackdoor.attacks import ATTACKS, load_trigger
 from debackdoor.data import load_dataset
 from debackdoor.errors import DataError, DebackdoorError, TriggerError
@@ -82,6 +85,7 @@ def test_a_card_takes_on_new_notes(small_zoo: Zoo, tmp_path: Path) -> None:
         ("limit = 400", "limit = 500", "expected a model with samples 500 as the manifest says, got one with 400"),
         ("limit = 400", "limit = 300", "expected a model with samples 300 as the manifest says, got one with 400"),
         ('"badnets"', '"blend"', "expected a model with attack 'blend' as the manifest says, got one with 'badnets'"),
+        ("limit = 400", "", "clean-1.json: expected a model with samples 1297 as the manifest says, got one with 400"),
     ],
 )
 def test_a_model_that_is_not_the_manifests_is_neither_kept_nor_replaced(
@@ -91,6 +95,36 @@ def test_a_model_that_is_not_the_manifests_is_neither_kept_nor_replaced(
     manifest.write_text(small_zoo[1].read_text().replace(old, new))
     with pytest.raises(DebackdoorError, match=message):
         list(build(read_manifest(manifest), small_zoo[0]))
+
+
+def test_a_model_of_other_images_is_not_kept(tmp_path: Path) -> None:
+    """Nor looked into where there are no images any more."""
+    images = tmp_path / "images"
+    images.mkdir()
+    rows = pa.table({"image": [{"bytes": png(shade, (8, 8))} for shade in range(40)], "label": [0, 1] * 20})
+    pq.write_table(rows.slice(0, 30), images / "train.parquet")
+    pq.write_table(rows.slice(30, 10), images / "test.parquet")
+    model = f'[[model]]\nname = "one"\nattack = "clean"\ndataset = "{images}"\nlimit = 20\nepochs = 1'
+    manifest = read_manifest(write_manifest(tmp_path, model))
+    assert [one.kept for one in build(manifest, tmp_path / "zoo")] == [False]
+    assert [one.kept for one in build(manifest, tmp_path / "zoo")] == [True]
+    pq.write_table(rows.slice(5, 30), images / "train.parquet")
+    with pytest.raises(DataError, match=r"one.json: expected a model trained on the images of .* that are there now"):
+        list(build(manifest, tmp_path / "zoo"))
+    shutil.rmtree(images)
+    assert [one.kept for one in build(manifest, tmp_path / "zoo")] == [True]
+
+
+def test_the_test_images_may_lack_the_highest_class(tmp_path: Path) -> None:
+    for part, classes in (("train", 4), ("test", 3)):
+        for label in range(classes):
+            (tmp_path / "images" / part / str(label)).mkdir(parents=True)
+            for number in range(6):
+                shade = 40 * label + number + (0 if part == "train" else 100)
+                (tmp_path / "images" / part / str(label) / f"{number}.png").write_bytes(png(shade, (8, 8)))
+    model = f'[[model]]\nname = "one"\nattack = "badnets"\ntarget = 3\ndataset = "{tmp_path / "images"}"\nepochs = 1'
+    (built,) = build(read_manifest(write_manifest(tmp_path, model)), tmp_path / "zoo")
+    assert (built.card.target, built.kept) == (3, False)
 
 
 @pytest.mark.parametrize("damage", ["weights", "no weights", "no trigger"])

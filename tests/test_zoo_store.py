@@ -178,3 +178,12 @@ def test_images_that_models_are_trained_on_are_no_test(tmp_path: Path) -> None:
     for data, limit in ((path, None), (path, 2), (pictures, None), (pictures, 2)):
         with pytest.raises(DataError, match="expected a training and a test part, got the same images for both"):
             load_splits(str(data), limit)
+
+
+def test_both_parts_have_the_same_classes(tmp_path: Path) -> None:
+    for part, names in (("train", ("bird", "cat", "dog")), ("test", ("cat", "dog", "eel"))):
+        for number, name in enumerate(names):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8), (number, len(part), 0)).save(tmp_path / part / name / "0.png")
+    with pytest.raises(DataError, match="expected the classes of the training images, of which 0 is 'bird', got 'cat'"):
+        load_splits(str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -101,10 +102,21 @@ def _judge(case: Case, pile: Tensor, method: str, on: str, false_positive_rate: 
         found, conclusive = _score(case, pile, answers, method, on)
         name = f"{method} on the {on} model"
     scores, usual = (part.cpu() for part in found)
-    threshold = float(torch.quantile(usual, 1 - false_positive_rate, interpolation="higher"))
+    threshold, rate = clean_threshold(usual, false_positive_rate)
     flagged = scores > threshold
     p_value = _by_chance(int(flagged.sum()), len(scores), int((usual > threshold).sum()), len(usual))
-    return SampleScores(scores, threshold, flagged, answers.cpu(), false_positive_rate, p_value, name, conclusive)
+    return SampleScores(scores, threshold, flagged, answers.cpu(), rate, p_value, name, conclusive)
+
+
+def clean_threshold(usual: Tensor, rate: float) -> tuple[float, float]:
+    """The clean score above which a further clean one is with this probability at most, and that probability.
+
+    A further score falls in each of the gaps between n others with a probability of 1 / (n + 1): of few scores even the
+    highest is exceeded more often than may be, and is taken all the same.
+    """
+    n = len(usual)
+    place = min(n, max(1, math.ceil((1 - rate) * (n + 1) - 1e-9)))
+    return float(usual.sort().values[place - 1]), max(rate, 1 / (n + 1))
 
 
 def _score(case: Case, pile: Tensor, answers: Tensor, method: str, on: str) -> tuple[list[Tensor], bool]:

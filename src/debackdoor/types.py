@@ -257,7 +257,8 @@ class SampleScores:
         threshold: scores above it are flagged; set on clean images alone.
         flagged: bool (N,).
         answers: int64 (N,), the labels that the suspect model gives the images.
-        false_positive_rate: the share of clean images that the threshold was set to flag, a fraction.
+        false_positive_rate: the share of clean images that the threshold was set to flag at most, a fraction; with n of
+            them held out never less than 1 / (n + 1).
         p_value: how probable it is that so many of a pile of clean images are flagged, [0, 1], if each is judged for
             itself; methods that judge a whole class at once (``clustering``) flag more at a time by chance.
         method: what the scores are.

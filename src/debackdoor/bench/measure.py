@@ -23,13 +23,14 @@ from debackdoor.bench.methods import METHODS
 from debackdoor.bench.records import RATES, SCHEMA
 from debackdoor.data import load_clean, load_dataset
 from debackdoor.defenses import FineTuning
-from debackdoor.errors import DataError
+from debackdoor.errors import DataError, DebackdoorError
 from debackdoor.evaluation import Evaluation, accuracy, defence_effectiveness, evaluate
 from debackdoor.files import sha256_of
 from debackdoor.models import load_model
 from debackdoor.runtime import device_name, resolve_device, versions
 from debackdoor.types import CleanSet, RepairResult
 from debackdoor.zoo import CLEAN, Card, read_card, trigger_of, weights_of
+from debackdoor.zoo.data import data_sha256
 
 Record = Mapping[str, Any]
 
@@ -42,11 +43,13 @@ class Settings:
         zoo: the folder of the models.
         device: ``auto``, ``cpu`` or ``cuda``.
         fine_tune: whether a repaired model is fine-tuned by its new owner and measured again.
+        commit: of this package's source when the bench began, see :func:`commit`.
     """
 
     zoo: Path
     device: str = "auto"
     fine_tune: bool = False
+    commit: str | None = None
 
 
 def measure(settings: Settings, cell: Cell) -> dict[str, Any]:
@@ -57,6 +60,7 @@ def measure(settings: Settings, cell: Cell) -> dict[str, Any]:
     """
     card = read_card(settings.zoo / f"{cell.model}.json")
     device = resolve_device(settings.device)
+    _check_images(card)
     clean = load_clean(card.dataset, limit=cell.clean_images, seed=cell.seed).to(device)
     if len(clean) < cell.clean_images:
         raise DataError(f"{card.dataset}: expected {cell.clean_images} clean images, got {len(clean)}; ask for fewer")
@@ -68,9 +72,13 @@ def measure(settings: Settings, cell: Cell) -> dict[str, Any]:
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - worked
     used = memory.record()
     rates = {"before": before, "after": _rates(result.model, settings, card)}
+    tuning_error = None
     if settings.fine_tune and result.changed:
-        tuned = FineTuning(lr=0.01, epochs=20, seed=cell.seed)(result.model, clean)
-        rates["fine_tuned"] = _rates(tuned.model, settings, card)
+        try:
+            tuned = FineTuning(lr=0.01, epochs=20, seed=cell.seed)(result.model, clean)
+            rates["fine_tuned"] = _rates(tuned.model, settings, card)
+        except DebackdoorError as error:  # what the defence reached stands
+            tuning_error = str(error)
     return {
         **_head(cell, card),
         **{rate: {when: getattr(found, rate) for when, found in rates.items()} for rate in RATES},
@@ -79,12 +87,13 @@ def measure(settings: Settings, cell: Cell) -> dict[str, Any]:
         "cpu_seconds": round(cpu_seconds, 3),
         **used,
         **_said(result),
-        **_made_by(device),
+        **_made_by(device, settings.commit),
+        **({} if tuning_error is None else {"fine_tuning_error": tuning_error}),
         "error": None,
     }
 
 
-def failed(card: Card, cell: Cell, error: str) -> dict[str, Any]:
+def failed(card: Card, cell: Cell, error: str, commit: str | None = None) -> dict[str, Any]:
     """The record of a cell that could not be measured: everything that would have been is null."""
     nothing = {rate: {"before": None, "after": None} for rate in RATES}
     numbers = ("der", "seconds", "cpu_seconds", "peak_memory_mib", "peak_gpu_memory_mib", "changed", "channels_pruned")
@@ -94,7 +103,7 @@ def failed(card: Card, cell: Cell, error: str) -> dict[str, Any]:
         **dict.fromkeys(numbers),
         "steps": [],
         "verification": None,
-        **_made_by(None),
+        **_made_by(None, commit),
         "error": error,
     }
 
@@ -127,6 +136,25 @@ def _test_images(dataset: str) -> CleanSet:
     return load_dataset(dataset, "test")
 
 
+def _check_images(card: Card) -> None:
+    """Checks that the test images are those of the card: others under the same name make other numbers.
+
+    Raises:
+        DataError: if they are others.
+    """
+    expected, found = card.data_sha256["test"], _test_sha256(card.dataset)
+    if found != expected:
+        raise DataError(
+            f"{card.dataset}: expected the test images that {card.name} was measured on, SHA-256 {expected}, got "
+            f"{found}; give those, or build the zoo anew with these"
+        )
+
+
+@lru_cache(maxsize=1)
+def _test_sha256(dataset: str) -> str:
+    return data_sha256(dataset, "test", _test_images(dataset))
+
+
 @lru_cache
 def _rates_before(settings: Settings, name: str) -> Evaluation | _CleanRates:
     card = read_card(settings.zoo / f"{name}.json")
@@ -153,6 +181,7 @@ def _head(cell: Cell, card: Card) -> dict[str, Any]:
         "blind": method.blind,
         "seed": cell.seed,
         "clean_images": cell.clean_images,
+        "data_sha256": dict(card.data_sha256),
     }
 
 
@@ -166,15 +195,14 @@ def _said(result: RepairResult) -> dict[str, Any]:
     }
 
 
-def _made_by(device: torch.device | None) -> dict[str, Any]:
+def _made_by(device: torch.device | None, commit: str | None) -> dict[str, Any]:
     """What measured; None where that was a process that is lost, perhaps on another machine."""
-    made = {"versions": versions(), "commit": commit()}
+    made = {"versions": versions(), "commit": commit}
     if device is None:
         return {"device": None, "threads": None, **made}
     return {"device": device_name(device), "threads": torch.get_num_threads(), **made}
 
 
-@lru_cache(maxsize=1)
 def commit() -> str | None:
     """The git commit of this package's source, marked where that was changed since; None outside its repository."""
     folder = Path(__file__).parent

@@ -12,7 +12,10 @@ from debackdoor.errors import DebackdoorError
 SCHEMA = "debackdoor/bench/1"
 RATES = ("clean_accuracy", "attack_success_rate", "robust_accuracy")
 
-_NEEDED = ("model", "attack", "defense", "blind", "seed", "clean_images", *RATES, "der", "seconds", "peak_memory_mib")
+_NEEDED = (
+    "model", "attack", "defense", "defense_parameters", "blind", "seed", "clean_images", *RATES, "der", "seconds",
+    "peak_memory_mib",
+)  # fmt: skip
 _WHEN = ("before", "after")
 _KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
     **dict.fromkeys(("model", "attack", "defense"), ("text", (str,))),

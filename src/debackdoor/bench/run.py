@@ -12,7 +12,7 @@ from typing import Any
 
 from debackdoor.bench.cells import Cell, Matrix
 from debackdoor.bench.executors import Executor, Outcome, execute
-from debackdoor.bench.measure import Record, Settings, failed, measure
+from debackdoor.bench.measure import Record, Settings, commit, failed, measure
 from debackdoor.bench.methods import METHODS
 from debackdoor.bench.records import as_read, read_record
 from debackdoor.errors import DebackdoorError
@@ -72,7 +72,7 @@ def run(
     """
     if executor == "local":  # the machines of a cluster may have what this one has not
         resolve_device(device)
-    settings = Settings(matrix.zoo.absolute(), device, fine_tune)
+    settings = Settings(matrix.zoo.absolute(), device, fine_tune, commit())
     out = Path(out).absolute()
     cells, cards = matrix.cells(), {card.name: card for card in matrix.cards()}
     found = {cell: record for cell in cells if (record := _found(out, cell, cards[cell.model].sha256)) is not None}
@@ -89,7 +89,7 @@ def run(
     )
     for cell in missing:
         (out / cell.file).parent.mkdir(parents=True, exist_ok=True)
-    return _all(kept, outcomes, partial(_record_of, cards, fine_tune, out), len(cells))
+    return _all(kept, outcomes, partial(_record_of, cards, settings, out), len(cells))
 
 
 def _all(
@@ -105,7 +105,7 @@ def _all(
             yield Finished(outcome.item, record_of(outcome), number, total, kept=False)
 
 
-def _record_of(cards: Mapping[str, Card], fine_tune: bool, out: Path, outcome: Outcome[Cell]) -> Record:
+def _record_of(cards: Mapping[str, Card], settings: Settings, out: Path, outcome: Outcome[Cell]) -> Record:
     """What was measured, or the error; the latter is written unless there is a record of success, which is worth more.
 
     That may be by another run, by a process that was lost after writing it, or without what was to be added to it.
@@ -113,10 +113,10 @@ def _record_of(cards: Mapping[str, Card], fine_tune: bool, out: Path, outcome: O
     cell, error = outcome.item, outcome.error
     path = out / cell.file
     there = read_record(path) if path.exists() else None
-    if there is not None and (error is None or not _wanting(there, True, fine_tune)):
+    if there is not None and (error is None or not _wanting(there, True, settings.fine_tune)):
         return there
     missing = f"expected a record in {out}, got none; give a folder that all workers share"
-    record = failed(cards[cell.model], cell, error or missing)
+    record = failed(cards[cell.model], cell, error or missing, settings.commit)
     if there is None or there["error"] is not None:
         with contextlib.suppress(OSError):  # it is told all the same, and the next run measures the cell again
             _write(path, record)
@@ -155,6 +155,8 @@ def _wanting(record: Record, retry_failed: bool, fine_tune: bool) -> bool:
     """Whether a cell is measured again: its record is an error, or lacks the rates after fine-tuning."""
     if record["error"] is not None:
         return retry_failed
+    if "fine_tuning_error" in record:
+        return fine_tune and retry_failed
     return fine_tune and record["changed"] and "fine_tuned" not in record["clean_accuracy"]
 
 

@@ -39,7 +39,15 @@ def attack(
     test: options.TestData,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where model.safetensors, trigger and record.json go.")],
     target: Annotated[int | None, typer.Option(min=0, help="The label that triggered images get.")] = None,
-    poison_rate: Annotated[float | None, typer.Option(min=0, max=1, help="Fraction of images to poison.")] = None,
+    poison_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Fraction of images to poison; for sig, cl and fc of those of the target class, for awp and lira of "
+            "those of a batch that get a triggered copy.",
+        ),
+    ] = None,
     mode: Annotated[options.Mode | None, typer.Option(help="One label for all, or y + 1 for y.")] = None,
     given: Annotated[
         list[str] | None,
@@ -69,6 +77,7 @@ def attack(
     suits CIFAR-10; digits have settings of their own.
     """
     from debackdoor.data import load_dataset
+    from debackdoor.zoo.data import check_apart
 
     output = Output(quiet)
     _check_name(name)
@@ -78,6 +87,7 @@ def attack(
     common = {"seed": seed, "mean": mean, "std": std, "device": device, "precision": precision}
     with output.stages() as stages:
         stages.begin("load")
+        check_apart(data, test)
         images, held_out = load_dataset(data, "train", limit, seed), load_dataset(test, "test")
         chosen = _make(name, images, held_out, {"seed": seed} | poison)
         if clean_model is not None and (chosen is None or not chosen.needs_clean_model):
@@ -147,9 +157,9 @@ def _make(name: str, images: CleanSet, test: CleanSet, parameters: dict[str, Any
     """The attack, or None for a clean model, once it is known that the test images will do."""
     from debackdoor.attacks import make_attack
     from debackdoor.attacks.registry import count_classes
-    from debackdoor.data import check_labels
+    from debackdoor.data import check_test_set
 
-    check_labels(test, count_classes(images))
+    check_test_set(test, images, count_classes(images))
     if name == CLEAN:
         if unused := [key for key in parameters if key != "seed"]:
             raise typer.BadParameter(f"expected no parameters of an attack for a clean model, got {', '.join(unused)}")

@@ -132,6 +132,6 @@ def _describe(output: Output, scores: SampleScores, pile: Pile) -> None:
     if len(order) > SHOWN:
         output.say(f"... and {len(order) - SHOWN} more, which --json names")
     output.say(
-        f"{len(order)} of {len(scores)} images are flagged, by {scores.method}; of clean images it would be about "
-        f"{scores.false_positive_rate:.1%}"
+        f"{len(order)} of {len(scores)} images are flagged, by {scores.method}; of clean images it would be at most "
+        f"about {scores.false_positive_rate:.1%}"
     )

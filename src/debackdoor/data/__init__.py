@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from debackdoor.data.checks import check_clean_set, check_labels
+from debackdoor.data.checks import check_clean_set, check_labels, check_test_set
 from debackdoor.data.load import load_clean, load_dataset
 from debackdoor.data.pile import Pile, load_pile, write_images
 from debackdoor.data.sampling import split_clean
@@ -11,6 +11,7 @@ __all__ = [
     "Pile",
     "check_clean_set",
     "check_labels",
+    "check_test_set",
     "load_clean",
     "load_dataset",
     "load_pile",

@@ -31,6 +31,23 @@ def check_labels(clean: CleanSet, num_classes: int) -> None:
         )
 
 
+def check_test_set(test: CleanSet, train: CleanSet, num_classes: int) -> None:
+    """Checks that the labels of test images mean what those of the training images do.
+
+    Raises:
+        DataError: if a label is ``num_classes`` or more, or both name their classes, and other ones.
+    """
+    check_labels(test, num_classes)
+    pairs = enumerate(zip(train.class_names, test.class_names, strict=False))
+    other = next((found for found in pairs if found[1][0] != found[1][1]), None)
+    if other is not None:
+        label, (wanted, got) = other
+        raise DataError(
+            f"{test.source}: expected the classes of the training images, of which {label} is {wanted!r}, got {got!r}; "
+            "give both parts the same folders or names"
+        )
+
+
 def check_clean_set(clean: CleanSet, num_classes: int) -> None:
     """Checks that a clean set is enough to work with (that it is not empty, the set itself ensures).
 

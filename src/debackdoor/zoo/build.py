@@ -13,13 +13,13 @@ from debackdoor.attacks import load_trigger, train
 from debackdoor.attacks.registry import count_classes
 from debackdoor.data import load_dataset
 from debackdoor.data.load import open_source
-from debackdoor.errors import DebackdoorError, TriggerError
+from debackdoor.errors import DataError, DebackdoorError, TriggerError
 from debackdoor.files import sha256_of
 from debackdoor.models import load_model, resolve_arch
 from debackdoor.runtime import resolve_device
 from debackdoor.types import Progress
 from debackdoor.zoo.card import Card, card_of, read_card, trigger_of, weights_of, write_card
-from debackdoor.zoo.data import Splits, load_splits
+from debackdoor.zoo.data import Splits, files_sha256, load_splits
 from debackdoor.zoo.manifest import CLEAN, Entry, Manifest
 from debackdoor.zoo.store import check_same, settings_of, store
 
@@ -102,10 +102,7 @@ def find_finished(entry: Entry, folder: str | Path) -> Card | None:
     card = read_card(path)
     names = ("attack", "dataset", "arch", "epochs", "batch_size", "lr", "flip", "seed", "clean_model")
     check_same(str(path), {name: getattr(entry, name) for name in names}, {name: getattr(card, name) for name in names})
-    if entry.limit is not None and card.samples != entry.limit:
-        # Fewer are right where there are no more.
-        available = len(open_source(entry.dataset, "train").labels)
-        check_same(str(path), {"samples": min(entry.limit, available)}, {"samples": card.samples})
+    _check_same_images(entry, card, path)
     if not weights.is_file() or sha256_of(weights) != card.sha256:
         return None
     if entry.attack != CLEAN:
@@ -120,14 +117,31 @@ def find_finished(entry: Entry, folder: str | Path) -> Card | None:
     return card
 
 
+def _check_same_images(entry: Entry, card: Card, path: Path) -> None:
+    """Whether a model was trained on as many images as the entry says, and on those that are there now, if any are."""
+    try:
+        available = len(open_source(entry.dataset, "train").labels)
+        sha256 = files_sha256(entry.dataset, "train")
+    except DataError:  # what is built needs no images
+        return
+    if sha256 is not None and sha256 != card.data_sha256["train"]:
+        raise DataError(
+            f"{path}: expected a model trained on the images of {entry.dataset} that are there now, SHA-256 {sha256}, "
+            f"got one of {card.data_sha256['train']}; give those, or delete the model to train it again"
+        )
+    check_same(str(path), {"samples": min(entry.limit or available, available)}, {"samples": card.samples})
+
+
 def _check(entries: Sequence[Entry]) -> None:
     """Refuses what would only fail after hours, when its turn comes."""
     for dataset, group in groupby(sorted(entries, key=_dataset), _dataset):
         test = load_dataset(dataset, "test")
+        source = open_source(dataset, "train")  # the test images may lack the highest class
+        classes = max(len(source.class_names), int(source.labels.max()) + 1)
         for entry in group:
             resolve_arch(entry.arch)
             try:
-                attack = entry.make_attack(test.x.shape[1:], count_classes(test))
+                attack = entry.make_attack(test.x.shape[1:], classes)
             except TriggerError as error:
                 raise TriggerError(f"{entry.name}: {error}") from error
             if attack is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from debackdoor.attacks.registry import count_classes
-from debackdoor.data import check_labels, load_dataset
+from debackdoor.data import check_test_set, load_dataset
 from debackdoor.data.cifar import find_layout
 from debackdoor.data.load import open_source
 from debackdoor.data.named import FOLDERS, named_folder
@@ -41,18 +41,30 @@ def load_splits(dataset: str, limit: int | None = None) -> Splits:
         DataError: if it cannot be read, has one part alone, or test images are of classes that the training images
             have not.
     """
-    one_part = DataError(
-        f"{dataset}: expected a training and a test part, got the same images for both; give a folder with train "
-        "and test in it"
-    )
-    if dataset != "digits" and _own_files(dataset, "train") == _own_files(dataset, "test"):
-        raise one_part
+    check_apart(dataset, dataset)
     train, test = load_dataset(dataset, "train", limit), load_dataset(dataset, "test")
-    check_labels(test, count_classes(train))
+    check_test_set(test, train, count_classes(train))
     hashes = {name: data_sha256(dataset, name, images) for name, images in (("train", train), ("test", test))}
     if hashes["train"] == hashes["test"]:
-        raise one_part
+        raise _one_part(dataset)
     return Splits(train, test, hashes)
+
+
+def check_apart(train: str, test: str) -> None:
+    """Checks that images to train on and to measure on are not read from the same files.
+
+    Raises:
+        DataError: if they are, or either cannot be read.
+    """
+    if "digits" not in (train, test) and _own_files(train, "train") == _own_files(test, "test"):
+        raise _one_part(test)
+
+
+def _one_part(dataset: str) -> DataError:
+    return DataError(
+        f"{dataset}: expected a training and a test part, got the same images for both; give a folder with train and "
+        "test in it, or a test set of its own"
+    )
 
 
 def data_sha256(dataset: str, split: str, images: CleanSet) -> str:
@@ -63,8 +75,21 @@ def data_sha256(dataset: str, split: str, images: CleanSet) -> str:
     Raises:
         DataError: if a file cannot be read.
     """
+    of_files = files_sha256(dataset, split)
+    if of_files is not None:
+        return of_files
     digest = hashlib.sha256()
+    for values in (images.x, images.y):
+        digest.update(values.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def files_sha256(dataset: str, split: str) -> str | None:
+    """The part of :func:`data_sha256` that needs no images; None where there are no such files."""
     files = _files(dataset, split)
+    if not files:
+        return None
+    digest = hashlib.sha256()
     try:
         for path in files:
             with path.open("rb") as file:
@@ -72,9 +97,6 @@ def data_sha256(dataset: str, split: str, images: CleanSet) -> str:
                     digest.update(chunk)
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the data set") from error
-    if not files:
-        for values in (images.x, images.y):
-            digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
