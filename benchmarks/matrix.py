@@ -1,12 +1,14 @@
 """The matrix of defences on the slim zoo, from the records of ``bench run`` and of ``repair_zoo.py``.
 
     debackdoor bench run --out benchmarks/results/bench benchmarks/matrix.toml
+    debackdoor bench run --out benchmarks/results/bench benchmarks/matrix-clean.toml
     python benchmarks/matrix.py benchmarks/results/repair benchmarks/results/bench --into docs/results.md \\
         --summary-into README.md --html docs/matrix.html
 
-The first table is of what worked on every model, the second of all defences on the models that all of them took. A
-defence with fewer than ``--least`` cells is in neither of them nor on the page: one that has enough with seed 0 is in
-the third table, which is of that seed alone, and any other is named.
+Clean models count with seed 0, for the accuracy that they lose, and nowhere else. The first table is of what worked
+on every model, the second of all defences on the models that all of them took. A defence with fewer than ``--least``
+cells is in neither of them nor on the page: one that has enough with seed 0 is in the third table, which is of that
+seed alone, and any other is named.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from debackdoor.bench.page import to_html
 from debackdoor.bench.records import read_records
 from debackdoor.bench.tables import Comparison, Row, compare, to_markdown
 from debackdoor.files import atomic_write_text
+from debackdoor.zoo import CLEAN
 
 OURS = ("repair", "rnp")
 
@@ -38,15 +41,18 @@ def publish(
 ) -> None:
     """Tables, the page, and a summary."""
     records = [
-        record for record in read_records(folders) if record["clean_images"] == images and record["attack"] != "clean"
+        record
+        for record in read_records(folders)
+        if record["clean_images"] == images and (record["attack"] != CLEAN or record["seed"] == 0)
     ]
+    backdoored = [record for record in records if record["attack"] != CLEAN]
     cells = Counter(dict.fromkeys(METHODS.keys() - {"rnp"}, 0))  # whose records say repair
-    cells.update(record["defense"] for record in records)
-    once = [record for record in records if record["seed"] == 0]
+    cells.update(record["defense"] for record in backdoored)
+    once = [record for record in backdoored if record["seed"] == 0]
     cells_once = Counter(record["defense"] for record in once)
     slow = [name for name, count in cells.items() if count < least and cells_once[name] >= least_once]
     few = {name: count for name, count in sorted(cells.items()) if count < least and name not in slow}
-    failing = {record["defense"] for record in records if record["error"] is not None}
+    failing = {record["defense"] for record in backdoored if record["error"] is not None}
     names = [name for name in cells if name not in few and name not in slow]
     everywhere = compare(records, [name for name in names if name not in failing])
     everything = compare(records, names)
