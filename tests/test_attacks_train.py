@@ -185,6 +185,9 @@ def test_the_same_seed_gives_the_same_weights_resumed_or_not(
     assert not _same(_weights(whole.model), _weights(train(attack, arch, data, seed=2, **options).model))
     with pytest.raises(DebackdoorError, match="other settings"):
         train(attack, arch, data, seed=2, checkpoint_dir=tmp_path, **options)
+    others = CleanSet(1 - data.x, data.y, data.class_names, data.source)
+    with pytest.raises(DebackdoorError, match="other settings or images"):
+        train(attack, arch, others, seed=1, checkpoint_dir=tmp_path, **options)
     (tmp_path / "training.pt").write_bytes(b"PK\x03\x04 half a file")
     with pytest.raises(DebackdoorError, match="damaged file; delete it"):
         train(attack, arch, data, seed=1, checkpoint_dir=tmp_path, **options)

@@ -123,6 +123,14 @@ def keep_poison(
     return poison, seconds
 
 
+def data_hash(data: CleanSet) -> str:
+    """A SHA-256, in hexadecimal, that tells a set from others: of all its labels, and about a hundred of its images."""
+    digest = hashlib.sha256()
+    for values in (data.y, data.x[:: max(1, len(data) // 100)]):
+        digest.update(values.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def weights_hash(model: nn.Module) -> str:
     """A SHA-256, in hexadecimal, that tells a model's weights from others."""
     digest = hashlib.sha256()
@@ -157,7 +165,7 @@ def _load(path: Path, run: str) -> dict[str, Any]:
         raise DebackdoorError(f"{path}: expected the state of a training, got a damaged file; delete it") from error
     if found != run:
         raise DebackdoorError(
-            f"{path}: expected the state of this training, got that of one with other settings; "
+            f"{path}: expected the state of this training, got that of one with other settings or images; "
             "delete it, or give another folder"
         )
     return saved

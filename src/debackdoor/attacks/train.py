@@ -18,7 +18,7 @@ from debackdoor.attacks.base import Attack
 from debackdoor.attacks.batches import PoisonedBatches
 from debackdoor.attacks.control import Control, Training
 from debackdoor.attacks.registry import count_classes
-from debackdoor.attacks.resume import CLEAN_FOLDER, TrainingState, keep_poison, weights_hash
+from debackdoor.attacks.resume import CLEAN_FOLDER, TrainingState, data_hash, keep_poison, weights_hash
 from debackdoor.attacks.trigger_io import describe
 from debackdoor.errors import DebackdoorError
 from debackdoor.models import build_model
@@ -124,7 +124,7 @@ def train(
     recipe = Recipe(arch=arch, seed=seed, flip=flip, mean=mean, std=std, precision=precision, **_usual(attack, chosen))
     place = resolve_device(device)
     attack = None if attack is None else attack.copy()
-    run = {"recipe": asdict(recipe), "attack": describe(attack), "source": data.source, "samples": len(data)}
+    run = {"recipe": asdict(recipe), "attack": describe(attack), "source": data.source, "data": data_hash(data)}
     poison, seconds = None, 0.0
     if attack is not None:
         if attack.needs_clean_model:
