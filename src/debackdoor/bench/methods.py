@@ -58,11 +58,19 @@ def _repair(model: nn.Module, clean: CleanSet, seed: int) -> RepairResult:
     return repair(model, clean, BUDGET, seed=seed, device=device)
 
 
+def _checked(threshold: float) -> Method:
+    """RNP as published, but its unlearning ends by a check after each pass: sooner, and often for the better."""
+    published = RNP.published(threshold)
+    return _preset(replace(published, unlearning=replace(published.unlearning, running=False)), blind=False)
+
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "rnp": Method(_repair, {"budget": BUDGET}),
         "rnp-published-0.2": _preset(RNP.published(0.2), blind=False),
         "rnp-published-0.7": _preset(RNP.published(0.7), blind=False),
+        "rnp-checked-0.2": _checked(0.2),
+        "rnp-checked-0.7": _checked(0.7),
         "ft-0.01": _preset(FineTuning(lr=0.01)),
         "ft-0.05": _preset(FineTuning(lr=0.05)),
         "ft-sam": _preset(FTSAM()),
