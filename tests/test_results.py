@@ -49,7 +49,21 @@ def test_the_other_tables_follow_from_their_records(
 @pytest.mark.parametrize(
     ("marker", "folders", "defenses"),
     [
-        ("compare", ["bench/rnp-published-0.2", "bench/rnp-published-0.7", "bench/ft-0.01", "bench/ft-0.05"], None),
+        (
+            "compare",
+            [
+                f"bench/{name}"
+                for name in (
+                    "rnp-published-0.2",
+                    "rnp-checked-0.2",
+                    "rnp-published-0.7",
+                    "rnp-checked-0.7",
+                    "ft-0.01",
+                    "ft-0.05",
+                )
+            ],
+            None,
+        ),
         ("ablations", ["ablations"], None),
         ("ablations-pruning", ["ablations"], ["repair", "repair-without-pruning"]),
     ],
