@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from debackdoor.rnp.unlearn import Unlearned, UnlearnSettings, unlearn
 from debackdoor.types import CleanSet
 from toys import pool, set_values
 
@@ -129,3 +132,25 @@ def quadrant_set(count: int = 80, seed: int = 0) -> CleanSet:
 
 PILE = quadrant_set(4, seed=1).x
 """Four images, one of each quarter, drawn with another seed than the clean set."""
+
+
+RIGHT = list(DIAL_LABELS)
+HALF = [0, 0, 1, 1, 3, 3, 2, 2]  # accuracy 0.5, evenly spread
+WRONG = [3, 3, 2, 2, 1, 1, 0, 0]  # accuracy 0, evenly spread
+# One check a step, and one step a stage of Dial.
+DIAL = UnlearnSettings(
+    lr=1.0, momentum=0.0, weight_decay=0.0, clip=0.1, stop_accuracy=0.2, past_peak=None, check_every=1,
+    largest_fall=1.0, max_passes=40, least_steps=1, batch_size=8, shift=0,
+)  # fmt: skip
+
+
+def turn(
+    stages: list[list[int]], spy: Callable[[Dial], None] = lambda model: None, **changes: Any
+) -> tuple[Unlearned, float]:
+    """Unlearns a Dial and says where its parameter ended."""
+    found = unlearn(Dial(stages, spy), dial_set(), replace(DIAL, **changes), precision="fp32")
+    return found, float(found.model.t.detach())
+
+
+def column(found: Unlearned, name: str) -> list[Any]:
+    return [row[name] for row in found.history]
