@@ -87,10 +87,10 @@ class Clock:
 
 
 def augmented_batches(images: CleanSet, settings: Settings, random: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    """One pass in random order: cropped from a frame of four black pixels, and half of the images mirrored."""
+    """One pass in random order: cropped from a frame of four black pixels, and with ``flip`` half of them mirrored."""
     for index in shuffled_batches(len(images), settings.batch_size, random):
         x = random_shift(images.x[index], 4, random)
-        mirrored = (torch.rand(len(x), 1, 1, 1, generator=random) < (0.5 if settings.flip else 0.0)).to(x.device)
+        mirrored = (torch.rand(len(x), 1, 1, 1, generator=random) < settings.flip / 2).to(x.device)
         yield torch.where(mirrored, x.flip(3), x), images.y[index]
 
 

@@ -124,10 +124,11 @@ def _check_same_images(entry: Entry, card: Card, path: Path) -> None:
         sha256 = files_sha256(entry.dataset, "train")
     except DataError:  # what is built needs no images
         return
-    if sha256 is not None and sha256 != card.data_sha256["train"]:
+    trained_on = card.data_sha256.get("train")
+    if sha256 is not None and sha256 != trained_on:
         raise DataError(
             f"{path}: expected a model trained on the images of {entry.dataset} that are there now, SHA-256 {sha256}, "
-            f"got one of {card.data_sha256['train']}; give those, or delete the model to train it again"
+            f"got one of {trained_on}; give those, or delete the model to train it again"
         )
     check_same(str(path), {"samples": min(entry.limit or available, available)}, {"samples": card.samples})
 
