@@ -1,5 +1,6 @@
 """Repair from a model and a clean set: what stays as it was, and that the backdoor goes."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import import_module
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 import debackdoor as db
 from channel_cases import assert_as_found, snapshot
 from conftest import DigitsVictim, train_digits_victim
+from debackdoor.case import open_case
 from debackdoor.defenses import RNP
+from debackdoor.detectors.evidence import STANDS_OUT, SUSPICIOUS
 from debackdoor.detectors.label import PileUp
 from debackdoor.detectors.perturbations import KINDS
 from debackdoor.detectors.shortcut import Shortcuts
@@ -20,12 +23,16 @@ from debackdoor.evaluation import evaluate
 from debackdoor.types import RepairResult
 from evidence_cases import evidence
 from rnp_cases import lived_in, quadrant_set, quadrants
+from shortcut_cases import row_images, switched_to
 
 # Not ``import debackdoor.repair as ...``, which is the function.
 REPAIR = import_module("debackdoor.repair")
 STAGES = import_module("debackdoor.defenses.rnp")
 EXAMINATION = import_module("debackdoor.detectors.examination")
 CASE = import_module("debackdoor.case")
+
+NEAR = 0.1 + SUSPICIOUS * STANDS_OUT
+"""A success rate that comes near to standing out, where 0.1 is usual."""
 
 
 @pytest.fixture
@@ -144,6 +151,17 @@ def test_where_nothing_is_exposed_no_bit_changes(monkeypatch: pytest.MonkeyPatch
     assert result.verification is not None
     assert (result.verification.passed, result.verification.label) == (True, None)
     assert "left as it is" in result.verification.message
+
+
+@pytest.mark.parametrize(("patch", "conclusive"), [(NEAR - 0.01, True), (NEAR + 0.01, False)])
+def test_what_comes_near_to_standing_out_is_left_alone_and_not_cleared(patch: float, conclusive: bool) -> None:
+    case = open_case(switched_to(2), row_images(), RNP(precision="fp32"), "cpu")
+    result = REPAIR.repair_case(case, case.expose(), evidence(patch={2: patch}))
+    assert result.verification is not None
+    assert (result.changed, result.verification.passed) == (False, conclusive)
+    assert result.verification.conclusive is conclusive
+    told = "^nothing is exposed" if conclusive else "^inconclusive: label 2 comes near to standing out.*left as it is"
+    assert re.search(told, result.verification.message)
 
 
 class Counting(nn.Module):

@@ -48,7 +48,10 @@ def test_the_suspect_label_and_its_evidence(page: Any) -> None:
     assert "What speaks against it: the answers that gather on it" in words
     assert "At the peak: 97.0 % of the answers on 3 (cat), after 30 steps." in words
     assert "97.0 % on 3 (cat) Counts ; the threshold is 40.0 %" in words
-    assert "p = 2 × 10⁻²⁰, 4.3 times the others', for 3 (cat) Counts ; the threshold is p ≤ 1 × 10⁻⁹" in words
+    assert (
+        "p = 2 × 10⁻²⁰, 4.3 times the others', for 3 (cat) Counts ; the threshold is p ≤ 1 × 10⁻⁹ and 2.5 times the others'"
+        in words
+    )
     assert "99.0 % go to 3 (cat), 87 points above what is usual Counts" in words
     assert "22.0 % go to 3 (cat), 10 points above what is usual Does not count" in words
     assert "strongest sign is at 2.56 times its threshold" in words

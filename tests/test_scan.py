@@ -14,6 +14,7 @@ from channel_cases import assert_as_found, snapshot
 from conftest import DigitsVictim
 from debackdoor.attacks import train
 from debackdoor.data import load_dataset
+from debackdoor.detectors.evidence import SUSPICIOUS
 from debackdoor.types import CleanSet
 from evidence_cases import evidence
 from rnp_cases import lived_in, quadrant_set
@@ -68,7 +69,7 @@ def test_without_the_switch_nothing_is_found() -> None:
         model[1].weight[CLASSES] = 0
     report = db.scan(model, row_images(), device="cpu", precision="fp32")
     assert (report.verdict, report.suspects, report.trigger) == ("clean", (), None)
-    assert 0 <= report.score < SCAN.SUSPICIOUS
+    assert 0 <= report.score < SUSPICIOUS
     assert "nothing is exposed" in report.message
     assert report.history["unlearn"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from debackdoor.case import Case, open_case
 from debackdoor.defenses.rnp import RNP, Exposure
-from debackdoor.detectors.evidence import RARE, STANDS_OUT, Evidence
+from debackdoor.detectors.evidence import RARE, STANDS_OUT, SUSPICIOUS, Evidence
 from debackdoor.detectors.label import PileUp
 from debackdoor.types import ScanReport
 from evidence_cases import evidence
@@ -23,7 +23,7 @@ SCAN = import_module("debackdoor.scan")
 PARTING = {"margin": (1, 4.0, RARE), "pile_up": PileUp(3, 0.9)}
 """A margin that speaks against label 1 and a pile-up against label 3."""
 
-NEAR = 0.1 + SCAN.SUSPICIOUS * STANDS_OUT
+NEAR = 0.1 + SUSPICIOUS * STANDS_OUT
 """A success rate that comes near to standing out, where 0.1 is usual."""
 
 

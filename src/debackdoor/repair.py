@@ -13,9 +13,9 @@ from torch import nn
 from debackdoor.case import Case, device_of, open_case
 from debackdoor.defenses.relearn import relearn
 from debackdoor.defenses.rnp import RNP, Exposure
-from debackdoor.detectors.evidence import Evidence, remains
+from debackdoor.detectors.evidence import SUSPICIOUS, Evidence, remains
 from debackdoor.detectors.label import PileUp, largest_pile_up
-from debackdoor.detectors.words import findings, nothing_found
+from debackdoor.detectors.words import findings, near, nothing_found
 from debackdoor.errors import check_fraction
 from debackdoor.memory import DEFAULT
 from debackdoor.models.copying import copied
@@ -149,6 +149,12 @@ def _nothing(unlearned: Unlearned, evidence: Evidence) -> Verification:
         message = (
             f"inconclusive: the clean task was not unlearned (accuracy {unlearned.accuracy:.0%}), so nothing could "
             "be exposed; give more clean images"
+        )
+        return Verification(False, None, numbers, message, conclusive=False)
+    if evidence.score >= SUSPICIOUS:
+        message = (
+            f"inconclusive: {near(evidence)}, but too little for a repair; the model is left as it is; give more clean "
+            "images or another seed"
         )
         return Verification(False, None, numbers, message, conclusive=False)
     message = f"{nothing_found(evidence)}; the model is left as it is"

@@ -14,18 +14,15 @@ from torch import nn
 
 from debackdoor.case import Case, open_case
 from debackdoor.defenses.rnp import RNP, Exposure
-from debackdoor.detectors.evidence import WHOLE_MODEL, Evidence
+from debackdoor.detectors.evidence import BACKDOORED, SUSPICIOUS, WHOLE_MODEL, Evidence
 from debackdoor.detectors.label import growth, largest_pile_up, peak_share
 from debackdoor.detectors.shortcut import lead
 from debackdoor.detectors.trigger import recover_trigger, search_triggers
-from debackdoor.detectors.words import findings, nothing_found
+from debackdoor.detectors.words import findings, near, nothing_found
 from debackdoor.errors import ChanceError, TooFewError
 from debackdoor.fusing import fused
 from debackdoor.memory import DEFAULT
 from debackdoor.types import CleanSet, Progress, RecoveredPattern, RecoveredTrigger, ScanReport, Suspect
-
-BACKDOORED, SUSPICIOUS = 1.0, 0.85
-"""The strongest sign, as a multiple of its threshold, from which on a model is called so."""
 
 
 def scan(
@@ -116,11 +113,7 @@ def _judge(evidence: Evidence, exposure: Exposure) -> tuple[str, str]:
             "exposed; give more clean images"
         )
     if evidence.score >= SUSPICIOUS:
-        what = "a patch that leads away to many labels" if evidence.nearest is None else f"label {evidence.nearest}"
-        return "suspicious", (
-            f"{what} comes near to standing out, further than is usual without a backdoor; scan again with more clean "
-            "images or another seed"
-        )
+        return "suspicious", f"{near(evidence)}; scan again with more clean images or another seed"
     return "clean", nothing_found(evidence)
 
 

@@ -45,6 +45,9 @@ WHOLE_MODEL = ("pile-up", "margin")
 SIGNS = (*WHOLE_MODEL, *(kind.kind for kind in KINDS), SQUARE)
 """All that can speak against a label."""
 
+BACKDOORED, SUSPICIOUS = 1.0, 0.85
+"""The strongest sign, as a multiple of its threshold, from which on a model is called so."""
+
 TRIGGERS = 8
 """At least this many perturbations stand in for the trigger when it is unlearned."""
 

@@ -40,6 +40,12 @@ def nothing_found(evidence: Evidence) -> str:
     )
 
 
+def near(evidence: Evidence) -> str:
+    """The clause for a model whose strongest sign comes near to its threshold."""
+    what = "a patch that leads away to many labels" if evidence.nearest is None else f"label {evidence.nearest}"
+    return f"{what} comes near to standing out, further than is usual without a backdoor"
+
+
 def _listed(reasons: Sequence[str]) -> str:
     *most, last = (REASONS[reason] for reason in reasons)
     return f"{', '.join(most)} and {last}" if most else last

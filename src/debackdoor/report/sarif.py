@@ -73,8 +73,7 @@ _RULES = {
         "6.0",
         "The model may hide a backdoor.",
         "A sign of a backdoor comes near to its threshold, nearer than is usual without one.",
-        "Hold the model back. Scan again with more clean images and another seed, or repair it with "
-        "'debackdoor repair'.",
+        "Hold the model back. Scan again with more clean images and another seed.",
     ),
     "inconclusive": _Rule(
         "DBD003",
@@ -82,7 +81,7 @@ _RULES = {
         "note",
         "1.0",
         "The scan could not tell whether the model hides a backdoor.",
-        "What the scan looks for could not be measured on this model with these images.",
+        "What the scan looks for could not be measured on this model with these images, or its signs disagree.",
         "Do not take the model for clean. Scan again with more clean images.",
     ),
 }

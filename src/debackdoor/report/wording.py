@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from debackdoor.detectors.evidence import FAINT, FAIRLY_RARE, PILED_UP, RARE, STANDS_OUT, threshold
+from debackdoor.detectors.evidence import FAINT, FAIRLY_RARE, OUTSTANDING, PILED_UP, RARE, STANDS_OUT, threshold
 
 Name = Callable[[int], str]
 """What a label is called: ``3 (cat)``."""
@@ -154,8 +154,8 @@ def advice(verdict: Verdict, record: Mapping[str, Any]) -> tuple[Advice, ...]:
         }.get(verdict.tone, (Advice("Do not take the model for clean."), again))
     return {
         "bad": (Advice("Do not put the model to use. Treat whatever else comes from its source alike."), mend, screen),
-        "warn": (Advice("Hold the model back until this is settled."), again, mend),
-        "unknown": (Advice("Do not take the model for clean. The sentence above says what was missing."), again),
+        "warn": (Advice("Hold the model back until this is settled. A repair would leave it as it is."), again),
+        "unknown": (Advice("Do not take the model for clean. The sentence above says why."), again),
         "good": (
             Advice("As far as this scan can tell, the model may be used. Mind the limits at the end of the page."),
             keep,
@@ -214,11 +214,12 @@ def _margin(get: Get, reasons: Sequence[str], name: Name) -> Sign | None:
     if p is None or label is None:
         return None
     times = "" if ratio is None else f", {ratio:.1f} times the others'"
-    strength = math.log(max(p, 1e-300)) / math.log(RARE)
+    strength = abs(math.log(max(p, 1e-300)) / math.log(RARE))
+    if ratio is not None and ratio < OUTSTANDING:
+        strength = min(strength, ratio / OUTSTANDING)
+    least = f"p\u00a0≤\u00a0{_power(RARE)} and {OUTSTANDING:g} times the others'"
     found = f"p\u00a0=\u00a0{_power(p)}{times}, for {name(int(label))}"
-    return Sign(
-        "margin", "Largest margin", MARGIN, found, f"p\u00a0≤\u00a0{_power(RARE)}", abs(strength), "margin" in reasons
-    )
+    return Sign("margin", "Largest margin", MARGIN, found, least, strength, "margin" in reasons)
 
 
 def _shortcut(get: Get, kind: str, reasons: Sequence[str], name: Name) -> Sign | None:
