@@ -48,10 +48,8 @@ def test_the_suspect_label_and_its_evidence(page: Any) -> None:
     assert "What speaks against it: the answers that gather on it" in words
     assert "At the peak: 97.0 % of the answers on 3 (cat), after 30 steps." in words
     assert "97.0 % on 3 (cat) Counts ; the threshold is 40.0 %" in words
-    assert (
-        "p = 2 × 10⁻²⁰, 4.3 times the others', for 3 (cat) Counts ; the threshold is p ≤ 1 × 10⁻⁹ and 2.5 times the others'"
-        in words
-    )
+    assert "p = 2 × 10⁻²⁰, 4.3 times the others', for 3 (cat) Counts" in words
+    assert "the threshold is p ≤ 1 × 10⁻⁹ and 2.5 times the others'" in words
     assert "99.0 % go to 3 (cat), 87 points above what is usual Counts" in words
     assert "22.0 % go to 3 (cat), 10 points above what is usual Does not count" in words
     assert "strongest sign is at 2.56 times its threshold" in words
@@ -69,6 +67,12 @@ def test_a_sign_above_its_threshold_need_not_count(page: Any) -> None:
     assert "97.0 % on 3 (cat) Above its threshold, but does not count here; the threshold is 40.0 %" in found.words
     meters = [item["class"] for item in found.all("span") if item.get("class", "").startswith("meter")]
     assert meters == ["meter", "meter over", "meter", "meter", "meter"]
+
+
+def test_a_rare_margin_that_is_not_large_is_below_its_threshold(page: Any) -> None:
+    found = page(cases.scan("clean", evidence={"margin_label": 3.0, "margin_p_value": 1e-18, "margin_ratio": 2.0}))
+    assert [item["style"] for item in found.all("span") if item.get("style")] == ["width: 40.0%"]  # 2 / 2.5, halved
+    assert "2.0 times the others'" in found.words
 
 
 def test_what_was_not_measured_has_no_row(page: Any) -> None:
