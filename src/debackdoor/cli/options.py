@@ -52,7 +52,7 @@ def _numbers(text: str) -> Numbers:
         raise typer.BadParameter(f"expected numbers such as 0.49,0.48,0.45, got {text!r}") from error
 
 
-_DATA = "a folder of class sub-folders, a .parquet or .npz file, a CIFAR folder, or the word digits"
+_DATA = "a folder of class sub-folders, a .parquet or .npz file, a CIFAR folder, or one of digits, cifar10, gtsrb"
 
 Checkpoint = Annotated[Path, typer.Argument(metavar="CKPT", help="The model: a safetensors or torch file.")]
 Arch = Annotated[
