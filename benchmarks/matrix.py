@@ -68,23 +68,23 @@ def summary(everywhere: Comparison, everything: Comparison) -> str:
     """Ours beside the best of the others."""
     said = []
     for found, where in (
-        (everywhere, "none of which failed"),
-        (everything, "of which some fail without batch normalisation"),
+        (everywhere, "that work on every model"),
+        (everything, "some of which fail without batch normalisation"),
     ):
         ours = next(row for row in found.rows if row.defense in OURS)
         others = [row for row in found.rows if row.defense not in OURS]
         best, steady = max(others, key=lambda row: row.der_mean), max(others, key=lambda row: row.der_worst)
         said.append(
-            f"{len(found.rows)} defences, {where}, on {ours.cells} cells (a model and a choice of clean images) of "
-            f"{len({place[0] for place in found.shared})} models: "
-            f"{_in_words(ours)}; the best other mean is that of {_in_words(best)}, and the best other worst cell that "
-            f"of {_in_words(steady)}."
+            f"Of {len(found.rows)} defences {where}, `{ours.defense}` has a mean DER of {ours.der_mean:.3f} and a "
+            f"worst of {ours.der_worst:.3f}, over {ours.cells} cells (a model and a choice of clean images) of "
+            f"{len({place[0] for place in found.shared})} models. The best other mean is that of {_in_words(best)}, "
+            f"the best other worst cell that of {_in_words(steady)}."
         )
     return " ".join(said)
 
 
 def _in_words(row: Row) -> str:
-    return f"{row.defense} (DER {row.der_mean:.3f}, worst {row.der_worst:.3f})"
+    return f"`{row.defense}` (mean {row.der_mean:.3f}, worst {row.der_worst:.3f})"
 
 
 if __name__ == "__main__":

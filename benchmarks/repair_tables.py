@@ -32,18 +32,19 @@ def summary(records: Sequence[Record]) -> str:
         success = statistics.mean(record["attack_success_rate"]["after"] for record in bad)
         worst = min(bad, key=lambda record: record["der"])
         parts.append(
-            f"{len(bad)} repairs of backdoored models: mean DER {statistics.mean(ders):.3f}, worst "
-            f"{worst['der']:.3f} ({worst['model']}), mean ASR after {success:.1%}, mean accuracy lost "
-            f"{statistics.mean(map(_lost, bad)) * 100:.1f} points, {sum(map(_changed, bad))} of {len(bad)} touched."
+            f"{sum(map(_changed, bad))} of {len(bad)} repairs of backdoored models changed the model. Afterwards "
+            f"{success:.1%} of the triggered images get the attacker's label on average, and accuracy is "
+            f"{statistics.mean(map(_lost, bad)) * 100:.1f} points lower. The mean DER is {statistics.mean(ders):.3f}, "
+            f"the worst {worst['der']:.3f} ({worst['model']})."
         )
         rates = [record["attack_success_rate"] for record in bad]
         if any("fine_tuned" in rate for rate in rates):
             kept = statistics.mean(map(_after_tuning, rates))
-            parts.append(f"After 20 more epochs on the clean images the mean ASR is {kept:.1%}.")
+            parts.append(f"After another 20 epochs of fine-tuning on the clean images the mean ASR is {kept:.1%}.")
     if clean:
         parts.append(
-            f"{len(clean)} repairs of clean models: {len(clean) - sum(map(_changed, clean))} came out unchanged, most "
-            f"accuracy lost {max(map(_lost, clean)) * 100:.1f} points."
+            f"{len(clean) - sum(map(_changed, clean))} of {len(clean)} repairs of clean models left the model "
+            f"unchanged; the most accuracy that any lost is {max(map(_lost, clean)) * 100:.1f} points."
         )
     return " ".join(parts)
 

@@ -37,9 +37,10 @@ def summary(records: Sequence[Record]) -> str:
     published = {pair: values for pair, values in ways.items() if pair[0] != ExposedMargin.name}
     name, which = max(published, key=lambda pair: statistics.mean(published[pair]))
     return (
-        f"Triggered images among as many clean ones, {len(complete)} models: mean AUROC {statistics.mean(ours):.3f}, "
-        f"worst {min(ours):.3f}; the best published detector, {name} on the {which} model: mean "
-        f"{statistics.mean(published[name, which]):.3f}, worst {min(published[name, which]):.3f}."
+        f"In piles of which half the images are triggered, of {len(complete)} models, these are told apart with a mean "
+        f"AUROC of {statistics.mean(ours):.3f}, the worst being {min(ours):.3f}. The best published detector, {name} "
+        f"on the {which} model, has a mean of {statistics.mean(published[name, which]):.3f} and a worst of "
+        f"{min(published[name, which]):.3f}."
     )
 
 

@@ -97,10 +97,10 @@ def summary(records: Sequence[Record]) -> str:
     called = sum(record["verdict"] == "backdoored" for record in clean)
     suspected = sum(record["verdict"] == "suspicious" for record in clean)
     lines = [
-        f"{len(told)} of {len(bad)} scans of backdoored models end with backdoored or suspicious; of {len(clean)} of "
-        f"clean ones {called} end with backdoored and {suspected} with suspicious. AUROC of the score "
-        f"{auroc(records, [record['score'] for record in records]):.3f}. The first suspect is the true target in "
-        f"{len(right)} of {len(named)} scans of all-to-one models."
+        f"{len(told)} of {len(bad)} scans of backdoored models call them backdoored or suspicious; {called} of "
+        f"{len(clean)} scans of clean models call them backdoored, and {suspected} suspicious. The score's AUROC is "
+        f"{auroc(records, [record['score'] for record in records]):.3f}. The first suspect label is the attacker's in "
+        f"{len(right)} of {len(named)} scans of models with one such label."
     ]
     for which in ("original", "exposed"):
         rows = [record for record in records if which in record["neural_cleanse"]]
@@ -109,24 +109,30 @@ def summary(records: Sequence[Record]) -> str:
             hit = [row for row in named if which in row["neural_cleanse"]]
             labels = sum(row["neural_cleanse"][which]["label"] == row["target"] for row in hit)
             lines.append(
-                f"Neural Cleanse on the {which} model: AUROC {index:.3f}, its most anomalous label is the target in "
-                f"{labels} of {len(hit)}."
+                f"The anomaly index of Neural Cleanse on the {which} model has an AUROC of {index:.3f}, and its most "
+                f"anomalous label is the attacker's in {labels} of {len(hit)}."
             )
     return " ".join([*lines, *_recovered(records)])
 
 
 def _recovered(records: Sequence[Record]) -> list[str]:
     """Success and overlap of the triggers for the patch attacks that all ways recovered one for."""
-    ways, lines = ("scan", "neural-cleanse-original", "neural-cleanse-exposed"), []
+    ways = {
+        "scan": "the scan",
+        "neural-cleanse-original": "Neural Cleanse on the original model",
+        "neural-cleanse-exposed": "Neural Cleanse on the exposed model",
+    }
     shared = [row for row in records if all("iou" in row["triggers"].get(which, {}) for which in ways)]
-    for which in ways:
+    if not shared:
+        return []
+    found = []
+    for which, name in ways.items():
         rows = [record["triggers"][which] for record in shared]
-        if rows:
-            lines.append(
-                f"Triggers of {len(rows)} patch attacks by {which}: success {_mean(rows, 'success_rate'):.1%}, IoU "
-                f"{_mean(rows, 'iou'):.2f}, after the best shift {_mean(rows, 'shifted_iou'):.2f}."
-            )
-    return lines
+        found.append(
+            f"those of {name} work on {_mean(rows, 'success_rate'):.1%} of held-out images and have an IoU of "
+            f"{_mean(rows, 'iou'):.2f} with the true patch, {_mean(rows, 'shifted_iou'):.2f} after the best shift"
+        )
+    return [f"Triggers recovered for {len(shared)} patch attacks: {'; '.join(found)}."]
 
 
 def calibration(records: Sequence[Record]) -> str:

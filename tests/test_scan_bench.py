@@ -77,21 +77,21 @@ def test_every_network_is_tried_with_the_threshold_of_the_others(tables: ModuleT
 def test_the_summary_counts_verdicts_labels_and_triggers(tables: ModuleType) -> None:
     """Of six pairs of a backdoored and a clean model the score orders five, all but 0.5 and 0.6; so does the index."""
     assert tables.summary(RECORDS) == (
-        "2 of 3 scans of backdoored models end with backdoored or suspicious; of 2 of clean ones 0 end with backdoored "
-        "and 1 with suspicious. AUROC of the score 0.833. The first suspect is the true target in 1 of 3 scans of "
-        "all-to-one models. "
-        "Neural Cleanse on the original model: AUROC 0.833, its most anomalous label is the target in 1 of 3."
+        "2 of 3 scans of backdoored models call them backdoored or suspicious; 0 of 2 scans of clean models call them "
+        "backdoored, and 1 suspicious. The score's AUROC is 0.833. The first suspect label is the attacker's in 1 of 3 "
+        "scans of models with one such label. The anomaly index of Neural Cleanse on the original model has an AUROC "
+        "of 0.833, and its most anomalous label is the attacker's in 1 of 3."
     )
 
 
 def test_triggers_are_compared_where_all_ways_recovered_one(tables: ModuleType) -> None:
     more = record("cl", "net-a", 2.0, "backdoored", 3, 3.0, triggers=ALL_WAYS)
-    _, *sentences = tables.summary([*RECORDS, more]).split("Triggers of ")
-    assert sentences == [
-        "1 patch attacks by scan: success 100.0%, IoU 0.25, after the best shift 0.50. ",
-        "1 patch attacks by neural-cleanse-original: success 50.0%, IoU 0.25, after the best shift 0.50. ",
-        "1 patch attacks by neural-cleanse-exposed: success 25.0%, IoU 0.25, after the best shift 0.50.",
-    ]
+    _, sentence = tables.summary([*RECORDS, more]).split("Triggers recovered for ")
+    overlap = "of held-out images and have an IoU of 0.25 with the true patch, 0.50 after the best shift"
+    assert sentence == (
+        f"1 patch attacks: those of the scan work on 100.0% {overlap}; those of Neural Cleanse on the original model "
+        f"work on 50.0% {overlap}; those of Neural Cleanse on the exposed model work on 25.0% {overlap}."
+    )
 
 
 def test_a_row_has_all_scans_of_a_model(tables: ModuleType) -> None:
