@@ -9,7 +9,22 @@ import torch
 from torch import nn
 
 from debackdoor.bench.methods import METHODS
-from debackdoor.defenses import CLP, RNP, ABLUnlearning, FinePruning, FineTuning
+from debackdoor.defenses import (
+    ANP,
+    BNP,
+    CLP,
+    FTSAM,
+    IBAU,
+    MCR,
+    NAD,
+    RNP,
+    ULRL,
+    ABLUnlearning,
+    Defense,
+    FinePruning,
+    FineTuning,
+    NCUnlearning,
+)
 from debackdoor.errors import DataError, ModelError
 from debackdoor.types import CleanSet, RepairResult
 from prune_cases import clean_images, victim
@@ -50,8 +65,27 @@ def test_weights_that_are_no_numbers(name: str) -> None:
         RUNS[name](model, clean_images(), 0)
 
 
-@pytest.mark.parametrize("defense", [FineTuning(epochs=1), CLP(), FinePruning(epochs=1), RNP.published()])
-def test_a_network_whose_train_returns_nothing(defense: FineTuning | CLP | FinePruning | RNP) -> None:
+@pytest.mark.parametrize(
+    "defense",
+    [
+        ABLUnlearning(poisoned=clean_images(8), epochs=1),
+        ANP(iterations=2),
+        BNP(),
+        CLP(),
+        FinePruning(epochs=1),
+        FineTuning(epochs=1),
+        FTSAM(epochs=1),
+        IBAU(rounds=1),
+        MCR(epochs=1, tuning_epochs=1),
+        NAD(epochs=1, teacher_epochs=1),
+        NCUnlearning(search_steps=2, epochs=1, always=True),
+        RNP(),
+        RNP.published(),
+        ULRL(epochs=1),
+    ],
+    ids=lambda defense: defense.name,
+)
+def test_a_network_whose_train_returns_nothing(defense: Defense) -> None:
     model = NoReturn(*victim())
     model.eval()
     result = defense(model, clean_images())

@@ -77,7 +77,8 @@ class NAD(Tuning):
             seed=self.seed, precision=self.precision,
         )  # fmt: skip
         taught = tuning(model, fit, progress=progress)
-        teacher, student = taught.model, model.train()
+        teacher, student = taught.model, model
+        student.train()
         with watching(teacher, places) as looks, watching(student, places) as seen:
 
             def backward(x: Tensor, y: Tensor) -> Tensor:
