@@ -46,6 +46,10 @@ class NAD(Tuning):
     in small steps still holds the backdoor and hands it on. The student begins at 0.01, as in BackdoorBench: with the
     betas in front of the distances, 0.1 lost the clean task of a small ResNet on the images it learned from.
 
+    Also other than published: images are neither mirrored nor cut out of (Cutout), and the teacher learns with the
+    momentum and weight decay of :class:`FineTuning`, 0.9 and 5e-4 without Nesterov, whatever is set here, which is for
+    the student. Published are Nesterov and 1e-4 for both.
+
     Attributes:
         lr: first step size of the student's SGD, with Nesterov momentum.
         betas: weights of the distances between the attention maps, the shallowest first.
