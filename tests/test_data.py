@@ -53,14 +53,14 @@ def test_sample_without_limit_is_everything_in_order_and_a_large_limit_is_everyt
 
 def test_split_is_stratified_disjoint_and_complete() -> None:
     clean = clean_set([0] * 10 + [1] * 6 + [2] * 2 + [3])
-    fit, hold = split_clean(clean, seed=4)
+    fit, hold = split_clean(clean, 0.5, 4)
     assert hold.y.bincount().tolist() == [5, 3, 1]
     assert fit.y.bincount().tolist() == [5, 3, 1, 1]
     together = torch.cat([fit.x, hold.x])[:, 0, 0, 0]
     assert torch.equal(together.sort().values, clean.x[:, 0, 0, 0])
-    again = split_clean(clean, seed=4)
+    again = split_clean(clean, 0.5, 4)
     assert torch.equal(again[1].x, hold.x)
-    assert not torch.equal(split_clean(clean, seed=5)[1].x, hold.x)
+    assert not torch.equal(split_clean(clean, 0.5, 5)[1].x, hold.x)
 
 
 @pytest.mark.parametrize("holdout", [0.01, 0.99])
@@ -70,13 +70,13 @@ def test_split_keeps_every_class_in_both_parts_at_any_share(holdout: float) -> N
 
 
 def test_split_shares_out_classes_of_one_sample() -> None:
-    fit, hold = split_clean(clean_set([0, 1, 2, 3]))
+    fit, hold = split_clean(clean_set([0, 1, 2, 3]), 0.5)
     assert (len(fit), len(hold)) == (2, 2)
 
 
 def test_split_refuses_one_image_and_a_share_of_everything() -> None:
     with pytest.raises(DataError, match="at least 2 images") as error:
-        split_clean(clean_set([0]))
+        split_clean(clean_set([0]), 0.5)
     one_sentence(error)
     with pytest.raises(DataError, match="between 0 and 1"):
         split_clean(clean_set([0, 1]), holdout=1.0)

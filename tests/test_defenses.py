@@ -10,6 +10,7 @@ from channel_cases import assert_as_found, snapshot
 from debackdoor.channels import count_channels, find_channels
 from debackdoor.data import split_clean
 from debackdoor.defenses import RNP, Defense, FineTuning
+from debackdoor.defenses.levels import HOLDOUT
 from debackdoor.errors import DataError, DebackdoorError
 from debackdoor.rnp.prune import Cost, below, plan_mask, rank, spared
 from debackdoor.rnp.recover import RecoverSettings
@@ -69,7 +70,7 @@ def test_the_published_settings() -> None:
 
 def cost(model: nn.Module, defense: RNP, plan: Plan) -> Cost:
     """Of ``model`` with the plan's norm weights at zero, on the hold-out part; computed here."""
-    _, holdout = split_clean(quadrant_set(), seed=defense.seed)
+    _, holdout = split_clean(quadrant_set(), HOLDOUT, defense.seed)
     pruned = quadrants()
     pruned.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -110,7 +111,7 @@ def test_the_plan_is_what_the_hold_out_part_can_spare(budget: float, suspicious:
     result = defense(model, clean)
     check_result(model, defense, result)
     assert result.clean_accuracy["after"] >= result.clean_accuracy["before"] - budget - 1e-6
-    fit, _ = split_clean(clean, seed=0)
+    fit, _ = split_clean(clean, HOLDOUT, 0)
     candidates = [channel for channel in defense.expose(model, fit).ranking if channel.score <= suspicious]
     assert result.plan == spared(tuple(candidates), lambda plan: cost(model, defense, plan), budget)
 
@@ -120,8 +121,7 @@ def test_a_threshold_takes_every_mask_at_or_below_it(threshold: float) -> None:
     model, defense = quadrants(), RNP(threshold=threshold, **QUICK)
     result = defense(model, quadrant_set())
     check_result(model, defense, result)
-    fit, _ = split_clean(quadrant_set(), seed=0)
-    exposure = defense.expose(model, fit)
+    exposure = defense.expose(model, quadrant_set())
     assert len(exposure.ranking) == 4
     assert result.plan == tuple(channel for channel in exposure.ranking if channel.score <= threshold)
     assert threshold < 1.0 or len(result.plan) == 4

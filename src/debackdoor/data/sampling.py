@@ -31,7 +31,7 @@ def balanced_sample(labels: Indices, limit: int | None, seed: int) -> Indices:
     return shuffled[np.argsort(turn[shuffled], kind="stable")][:limit]
 
 
-def split_clean(clean: CleanSet, holdout: float = 0.5, seed: int = 0) -> tuple[CleanSet, CleanSet]:
+def split_clean(clean: CleanSet, holdout: float, seed: int = 0) -> tuple[CleanSet, CleanSet]:
     """Splits a clean set into a fit part and a hold-out part, disjoint and together the whole, by class and seeded.
 
     Args:

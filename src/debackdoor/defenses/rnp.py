@@ -16,6 +16,7 @@ from torch import nn
 from debackdoor.channels import MaskableLayer, find_channels, norms_or_all
 from debackdoor.data import split_clean
 from debackdoor.defenses.base import Defense, suspect_copy
+from debackdoor.defenses.levels import HOLDOUT
 from debackdoor.errors import check_fraction
 from debackdoor.fusing import fused_under_masks
 from debackdoor.models.forward import accuracy, in_eval, predict
@@ -45,6 +46,9 @@ class Exposure:
 @dataclass(frozen=True, kw_only=True)
 class RNP(Defense):
     """Unlearn, recover, prune; blind: nothing but the clean set chooses how much is pruned.
+
+    Three quarters of the clean set teach, and the quarter held out tells what pruning costs; with a ``threshold`` all
+    images do both.
 
     Attributes:
         budget: how far accuracy on the clean images may fall, a fraction; pruning goes as far along the ranking.
@@ -95,7 +99,7 @@ class RNP(Defense):
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
         model = suspect_copy(model, clean, self.precision)
         # With a fixed threshold nothing is left to be chosen, so nothing is held out.
-        fit, holdout = (clean, clean) if self.threshold is not None else split_clean(clean, seed=self.seed)
+        fit, holdout = (clean, clean) if self.threshold is not None else split_clean(clean, HOLDOUT, self.seed)
         exposure = self.expose(model, fit, progress=progress)
         plan = self.choose(model, exposure, clean, progress=progress)
         return self.remove(model, exposure, plan, holdout)
