@@ -80,6 +80,8 @@ def test_split_refuses_one_image_and_a_share_of_everything() -> None:
     one_sentence(error)
     with pytest.raises(DataError, match="between 0 and 1"):
         split_clean(clean_set([0, 1]), holdout=1.0)
+    with pytest.raises(DataError, match="seed of at least 0, a whole number, got -1"):
+        split_clean(clean_set([0, 1]), 0.5, seed=-1)
 
 
 def test_check_labels_names_the_label() -> None:
@@ -156,6 +158,11 @@ def test_real_data(word: str, classes: int, sample_range: set[int]) -> None:
     [
         ({"limit": 0}, "limit of at least 1"),
         ({"limit": -5}, "limit of at least 1"),
+        ({"limit": 2.5}, "limit of at least 1 image, got 2.5"),
+        ({"seed": -1}, "seed of at least 0, a whole number, got -1"),
+        ({"seed": 0.5}, "seed of at least 0, a whole number, got 0.5"),
+        ({"seed": -1, "limit": None}, "seed of at least 0, a whole number, got -1"),
+        ({"image_size": 8.5}, "image_size to be at least 1 pixel, got 8.5"),
         ({"split": "val"}, "train or test, got 'val'"),
         ({"image_size": 0}, "image_size to be at least 1"),
     ],

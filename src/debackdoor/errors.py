@@ -50,6 +50,36 @@ def check_positive(**settings: float | None) -> None:
             raise DebackdoorError(f"expected {name} above 0, got {value!r}; correct it")
 
 
+def check_count(zero: bool = False, /, **settings: int | None) -> None:
+    """Checks counts by name; None stands for one that is switched off.
+
+    Args:
+        zero: whether 0 is one, too.
+        settings: the counts.
+
+    Raises:
+        DebackdoorError: if one is not a whole number above 0, or of at least 0.
+    """
+    for name, value in settings.items():
+        if value is None:
+            continue
+        if not isinstance(value, int):
+            raise DebackdoorError(f"expected {name} to be a whole number, got {value!r}; correct it")
+        if value < (0 if zero else 1):
+            raise DebackdoorError(f"expected {name} {'of at least' if zero else 'above'} 0, got {value}; correct it")
+
+
+def check_between(**settings: float) -> None:
+    """Checks fractions by name that may be neither nothing nor all.
+
+    Raises:
+        DebackdoorError: if one is not above 0 and below 1.
+    """
+    for name, value in settings.items():
+        if not (isinstance(value, (int, float)) and 0.0 < value < 1.0):
+            raise DebackdoorError(f"expected {name} above 0 and below 1, got {value!r}; give a fraction such as 0.25")
+
+
 def check_fraction(**settings: float | None) -> None:
     """Checks fractions by name; None stands for one that is not given.
 

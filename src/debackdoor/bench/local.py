@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
 from debackdoor.bench.work import Outcome, check_retries, error_of
-from debackdoor.errors import check_positive
+from debackdoor.errors import check_count
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ def run_local(
     Args:
         work, items, workers, threads, retries: see :func:`execute`.
     """
-    check_positive(workers=workers, threads=threads)
+    check_count(workers=workers, threads=threads)
     check_retries(retries)
     return _run_local(pickle.dumps(work), items, min(workers, len(items)), threads, retries)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 from debackdoor.bench.work import Outcome, check_retries, error_of, in_one_line
-from debackdoor.errors import DebackdoorError, MissingDependencyError, check_positive
+from debackdoor.errors import DebackdoorError, MissingDependencyError, check_count, check_positive
 
 T = TypeVar("T")
 
@@ -47,7 +47,8 @@ def run_ray(
         cpus, gpus: what Ray sets aside for each task, which gets as many threads as processors, and without a GPU
             sees none.
     """
-    check_positive(cpus=cpus, workers=workers)
+    check_positive(cpus=cpus)
+    check_count(workers=workers)
     check_retries(retries)
     if gpus < 0:
         raise DebackdoorError(f"expected gpus of at least 0, got {gpus}; correct it")

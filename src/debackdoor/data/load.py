@@ -73,10 +73,12 @@ def check_size(image_size: int | None) -> None:
     """Checks a size that images are to be brought to.
 
     Raises:
-        DataError: if it is below 1 pixel.
+        DataError: if it is not a whole number of at least 1 pixel.
     """
-    if image_size is not None and image_size < 1:
-        raise DataError(f"expected image_size to be at least 1 pixel, got {image_size}; leave it out to keep the size")
+    if image_size is not None and (not isinstance(image_size, int) or image_size < 1):
+        raise DataError(
+            f"expected image_size to be at least 1 pixel, got {image_size!r}; leave it out to keep the size"
+        )
 
 
 def open_source(source: str | os.PathLike[str], split: str, labelled: bool = True) -> ImageSource:

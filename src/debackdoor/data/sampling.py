@@ -17,13 +17,14 @@ def balanced_sample(labels: Indices, limit: int | None, seed: int) -> Indices:
     with one seed, a smaller sample is the beginning of a larger one.
 
     Raises:
-        DataError: if ``limit`` is below 1.
+        DataError: if ``limit`` is not a whole number of at least 1, or ``seed`` not one of at least 0.
     """
+    random = _random(seed)
     if limit is None:
         return np.arange(len(labels))
-    if limit < 1:
-        raise DataError(f"expected a limit of at least 1 image, got {limit}; leave it out to take all")
-    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    if not isinstance(limit, int) or limit < 1:
+        raise DataError(f"expected a limit of at least 1 image, got {limit!r}; leave it out to take all")
+    shuffled = random.permutation(len(labels))
     turn = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         members = shuffled[labels[shuffled] == label]
@@ -44,7 +45,7 @@ def split_clean(clean: CleanSet, holdout: float, seed: int = 0) -> tuple[CleanSe
         The fit part and the hold-out part, each in the order of ``clean``.
 
     Raises:
-        DataError: if there are fewer than two images or ``holdout`` is out of range.
+        DataError: if there are fewer than two images, or ``holdout`` or ``seed`` is out of range.
     """
     if not 0 < holdout < 1:
         raise DataError(f"expected a hold-out share between 0 and 1, got {holdout}; choose for example 0.5")
@@ -52,7 +53,7 @@ def split_clean(clean: CleanSet, holdout: float, seed: int = 0) -> tuple[CleanSe
         raise DataError(f"{clean.source}: expected at least 2 images to split, got {len(clean)}; add clean images")
     _, group, count = np.unique(clean.y.cpu().numpy(), return_inverse=True, return_counts=True)
     group[count[group] == 1] = -1
-    rng = np.random.default_rng(seed)
+    rng = _random(seed)
     held = np.zeros(len(clean), dtype=bool)
     for members in (np.flatnonzero(group == value) for value in np.unique(group)):
         share = round(holdout * len(members))
@@ -61,3 +62,10 @@ def split_clean(clean: CleanSet, holdout: float, seed: int = 0) -> tuple[CleanSe
             held[rng.permutation(members)[:share]] = True
     fit, hold = (torch.from_numpy(np.flatnonzero(part)) for part in (~held, held))
     return clean.subset(fit), clean.subset(hold)
+
+
+def _random(seed: int) -> np.random.Generator:
+    """Numpy's generator for a seed that it takes."""
+    if not isinstance(seed, int) or seed < 0:
+        raise DataError(f"expected a seed of at least 0, a whole number, got {seed!r}; choose for example 0")
+    return np.random.default_rng(seed)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from debackdoor.data import check_labels, split_clean
 from debackdoor.defenses.base import Defense, accuracy_after, check_loss, suspect_copy
-from debackdoor.errors import DataError, TooFewError, check_fraction, check_positive
+from debackdoor.errors import DataError, TooFewError, check_count, check_fraction, check_positive
 from debackdoor.models.forward import accuracy, in_eval, logits_of, predict
 from debackdoor.runtime import autocast, generator, seeded, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
@@ -59,7 +59,9 @@ class ABLUnlearning(Defense):
     holdout: float = 0.25
 
     def __post_init__(self) -> None:
-        check_positive(lr=self.lr, epochs=self.epochs, batch_size=self.batch_size)
+        check_positive(lr=self.lr)
+        check_count(epochs=self.epochs, batch_size=self.batch_size)
+        check_fraction(momentum=self.momentum, weight_decay=self.weight_decay)
         check_fraction(budget=self.budget, holdout=self.holdout)
         if len(self.poisoned) < 2:
             raise TooFewError(

@@ -21,7 +21,7 @@ from debackdoor.data import split_clean
 from debackdoor.data.augment import random_shift_by
 from debackdoor.defenses.base import Defense, suspect_copy
 from debackdoor.defenses.levels import BUDGET, HOLDOUT, below_levels, blind_rule, cost, pruned_result, strongest
-from debackdoor.errors import DebackdoorError, check_fraction, check_positive
+from debackdoor.errors import DebackdoorError, check_between, check_count, check_fraction, check_positive
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import hits
 from debackdoor.models.layout import to_faster_layout
@@ -77,9 +77,11 @@ class ANP(Defense):
     holdout: float = HOLDOUT
 
     def __post_init__(self) -> None:
-        check_positive(lr=self.lr, iterations=self.iterations, batch_size=self.batch_size, ascents=self.ascents)
+        check_positive(lr=self.lr)
+        check_count(iterations=self.iterations, batch_size=self.batch_size, ascents=self.ascents)
         check_fraction(alpha=self.alpha, momentum=self.momentum, shift=self.shift)
-        check_fraction(threshold=self.threshold, budget=self.budget, holdout=self.holdout)
+        check_fraction(threshold=self.threshold, budget=self.budget)
+        check_between(holdout=self.holdout)
         if not 0 <= self.eps < float("inf"):
             raise DebackdoorError(f"expected eps of at least 0, got {self.eps}; the paper takes 0.4")
 

@@ -21,7 +21,7 @@ from debackdoor.channels import MaskableLayer, find_channels, masked_call
 from debackdoor.defenses.base import Defense, differ, suspect_copy
 from debackdoor.defenses.finetune import FineTuning
 from debackdoor.defenses.levels import BUDGET, Level, blind_rule, cost, pruning_step, strongest
-from debackdoor.errors import check_fraction, check_positive
+from debackdoor.errors import check_count, check_fraction, check_positive
 from debackdoor.models.forward import in_eval, predict
 from debackdoor.rnp.prune import plan_mask, prune, rank
 from debackdoor.types import CleanSet, Plan, Progress, RepairResult, Step
@@ -62,7 +62,8 @@ class FinePruning(Defense):
 
     def __post_init__(self) -> None:
         check_fraction(share=self.share, step=self.step, budget=self.budget)
-        check_positive(step=self.step, lr=self.lr, epochs=self.epochs, batch_size=self.batch_size)
+        check_positive(step=self.step, lr=self.lr)
+        check_count(epochs=self.epochs, batch_size=self.batch_size)
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
         model = suspect_copy(model, clean, self.precision)

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from debackdoor.data import split_clean
 from debackdoor.defenses.base import Defense, accuracy_after, check_loss, suspect_copy
-from debackdoor.errors import DebackdoorError, check_fraction, check_positive
+from debackdoor.errors import DebackdoorError, check_count, check_fraction, check_positive
 from debackdoor.models.forward import accuracy, logits_of, predict
 from debackdoor.runtime import autocast, generator, sent, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
@@ -68,9 +68,9 @@ class IBAU(Defense):
     holdout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_positive(rounds=self.rounds, lr=self.lr, batch_size=self.batch_size, regulariser=self.regulariser)
-        check_positive(search_lr=self.search_lr, search_passes=self.search_passes)
-        check_positive(inner_lr=self.inner_lr, fixed_point_steps=self.fixed_point_steps)
+        check_positive(lr=self.lr, regulariser=self.regulariser, search_lr=self.search_lr, inner_lr=self.inner_lr)
+        check_count(rounds=self.rounds, batch_size=self.batch_size)
+        check_count(search_passes=self.search_passes, fixed_point_steps=self.fixed_point_steps)
         check_fraction(share=self.share, holdout=self.holdout)
         if self.search not in OPTIMIZERS:
             raise DebackdoorError(f"expected search to be one of {', '.join(OPTIMIZERS)}, got '{self.search}'")

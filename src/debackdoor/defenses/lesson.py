@@ -16,7 +16,7 @@ from debackdoor.data.augment import mixed, random_shift_by, random_view
 from debackdoor.detectors.perturbations import Sizes
 from debackdoor.detectors.squares import Square, stamped
 from debackdoor.detectors.universal import Aim, UniversalSearch
-from debackdoor.errors import check_positive
+from debackdoor.errors import check_between, check_count, check_fraction, check_positive
 from debackdoor.fusing import fused
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import hits, in_eval, logits_of
@@ -37,7 +37,7 @@ class RelearnSettings:
         weight_decay: of SGD.
         clip: largest gradient norm.
         steps: how many, whatever the size of the fit part.
-        warm_up: a fraction of the steps.
+        warm_up: a fraction of the steps, strictly between 0 and 1.
         batch_size: clean images a step; as many mixed ones come along.
         temperature: at which the answers of the pruned model are learned.
         labels: weight of the cross-entropy with the labels.
@@ -68,8 +68,12 @@ class RelearnSettings:
     tries: int = 4
 
     def __post_init__(self) -> None:
-        check_positive(lr=self.lr, clip=self.clip, steps=self.steps, warm_up=self.warm_up, batch_size=self.batch_size)
-        check_positive(temperature=self.temperature, tries=self.tries)
+        check_positive(lr=self.lr, clip=self.clip, temperature=self.temperature)
+        check_positive(momentum=self.momentum)  # Nesterov's
+        check_count(steps=self.steps, batch_size=self.batch_size, tries=self.tries)
+        check_count(True, triggered=self.triggered, head_start=self.head_start)
+        check_fraction(momentum=self.momentum, weight_decay=self.weight_decay, shift=self.shift)
+        check_between(warm_up=self.warm_up)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from debackdoor.data.augment import random_shift_by
 from debackdoor.defenses.finetune import FineTuning
 from debackdoor.defenses.levels import BUDGET, HOLDOUT
 from debackdoor.defenses.tuning import Rows, Tuned, Tuning
-from debackdoor.errors import check_fraction, check_positive
+from debackdoor.errors import check_count, check_fraction, check_positive
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, in_eval, logits_of, predict
 from debackdoor.models.stateless import call_with
@@ -69,7 +69,8 @@ class MCR(Tuning):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_fraction(t=self.t, budget=self.budget)
-        check_positive(tuning_lr=self.tuning_lr, tuning_epochs=self.tuning_epochs)
+        check_positive(tuning_lr=self.tuning_lr)
+        check_count(tuning_epochs=self.tuning_epochs)
 
     def _tune(self, model: nn.Module, fit: CleanSet, progress: Progress | None) -> Tuned:
         fit, judges = (fit, None) if self.t is not None else split_clean(fit, HOLDOUT, self.seed)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from debackdoor.defenses.finetune import FineTuning
 from debackdoor.defenses.tuning import Tuned, Tuning
-from debackdoor.errors import DebackdoorError, ModelError, check_positive
+from debackdoor.errors import DebackdoorError, ModelError, check_count, check_positive
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import eval_mode, logits_of
 from debackdoor.runtime import autocast
@@ -68,8 +68,9 @@ class NAD(Tuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(power=self.power, teacher_lr=self.teacher_lr, teacher_epochs=self.teacher_epochs)
+        check_positive(power=self.power, teacher_lr=self.teacher_lr)
         check_positive(momentum=self.momentum)  # Nesterov's
+        check_count(teacher_epochs=self.teacher_epochs)
         if len(self.betas) != 3 or not all(beta >= 0 for beta in self.betas):
             raise DebackdoorError(f"expected three betas of at least 0, got {self.betas}; give one a resolution")
 

@@ -18,7 +18,7 @@ from debackdoor.data import split_clean
 from debackdoor.data.augment import random_shift_by
 from debackdoor.defenses.base import Defense, accuracy_after, check_loss, suspect_copy
 from debackdoor.detectors.neural_cleanse import OUTLYING, Anomalies, neural_cleanse, published
-from debackdoor.errors import check_fraction, check_positive
+from debackdoor.errors import check_count, check_fraction, check_positive
 from debackdoor.models.forward import accuracy, in_eval, logits_of, predict
 from debackdoor.runtime import autocast, generator, seeded, sent, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RecoveredTrigger, RepairResult, Step
@@ -63,8 +63,9 @@ class NCUnlearning(Defense):
     holdout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_positive(outlying=self.outlying, search_steps=self.search_steps, epochs=self.epochs)
-        check_positive(lr=self.lr, batch_size=self.batch_size)
+        check_positive(outlying=self.outlying, lr=self.lr)
+        check_count(search_steps=self.search_steps, epochs=self.epochs, batch_size=self.batch_size)
+        check_fraction(momentum=self.momentum, weight_decay=self.weight_decay)
         check_fraction(share=self.share, shift=self.shift, holdout=self.holdout)
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from debackdoor.data import split_clean
 from debackdoor.data.augment import random_shift_by
 from debackdoor.defenses.base import Defense, accuracy_after, check_loss, differ, suspect_copy
-from debackdoor.errors import check_fraction, check_positive
+from debackdoor.errors import check_count, check_fraction, check_positive
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, in_eval, predict
 from debackdoor.runtime import generator, seeded, shuffled_batches
@@ -67,7 +67,8 @@ class Tuning(Defense):
     holdout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_positive(lr=self.lr, epochs=self.epochs, batch_size=self.batch_size)
+        check_positive(lr=self.lr)
+        check_count(epochs=self.epochs, batch_size=self.batch_size)
         check_fraction(momentum=self.momentum, weight_decay=self.weight_decay, shift=self.shift, holdout=self.holdout)
 
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:

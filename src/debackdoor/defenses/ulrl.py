@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from debackdoor._graph import LAYERS, classifier_outputs, trace
 from debackdoor.defenses.tuning import Tuned, Tuning
-from debackdoor.errors import ModelError, check_positive
+from debackdoor.errors import ModelError, check_count, check_positive
 from debackdoor.models.forward import accuracy, eval_mode, in_eval, logits_of, predict
 from debackdoor.rnp.unlearn import UnlearnSettings, unlearn
 from debackdoor.runtime import autocast, generator
@@ -68,7 +68,8 @@ class ULRL(Tuning):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(threshold=self.threshold, most=self.most)
+        check_positive(threshold=self.threshold)
+        check_count(most=self.most)
 
     def _tune(self, model: nn.Module, fit: CleanSet, progress: Progress | None) -> Tuned:
         heads = find_heads(model, fit.x[:2])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from debackdoor.channels import MaskableLayer, count_channels, masked_call
 from debackdoor.data.augment import random_shift_by
-from debackdoor.errors import check_positive
+from debackdoor.errors import check_count, check_fraction, check_positive
 from debackdoor.models.forward import hits
 from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.runtime import autocast, generator, parts, shuffled_batches
@@ -44,7 +44,9 @@ class RecoverSettings:
     shift: float = 0.125
 
     def __post_init__(self) -> None:
-        check_positive(lr=self.lr, weight=self.weight, passes=self.passes, batch_size=self.batch_size)
+        check_positive(lr=self.lr, weight=self.weight)
+        check_count(passes=self.passes, batch_size=self.batch_size)
+        check_fraction(momentum=self.momentum, shift=self.shift)
 
 
 @dataclass(frozen=True)

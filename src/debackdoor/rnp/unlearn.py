@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from debackdoor.data.augment import random_shift_by
-from debackdoor.errors import check_positive
+from debackdoor.errors import check_count, check_fraction, check_positive
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import accuracy, hits, in_eval, label_shares, logits_of, predict
 from debackdoor.rnp.modes import normalisation_in_train_mode, require_norm_gradients
@@ -95,8 +95,12 @@ class UnlearnSettings:
     running: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(lr=self.lr, max_passes=self.max_passes, batch_size=self.batch_size, clip=self.clip)
-        check_positive(check_every=self.check_every, checked=self.checked)
+        check_positive(lr=self.lr, clip=self.clip)
+        check_count(max_passes=self.max_passes, batch_size=self.batch_size)
+        check_count(check_every=self.check_every, checked=self.checked)
+        check_count(True, least_steps=self.least_steps)
+        check_fraction(momentum=self.momentum, weight_decay=self.weight_decay, shift=self.shift)
+        check_fraction(stop_accuracy=self.stop_accuracy, past_peak=self.past_peak, largest_fall=self.largest_fall)
 
 
 def unlearn(
