@@ -1,4 +1,7 @@
-"""Frozen dataclasses that every floor of the package shares."""
+"""Frozen dataclasses that every floor of the package shares.
+
+Those that hold tensors are equal to themselves alone: a tensor's ``==`` has no single answer.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """Called as ``progress(stage, done, total, numbers)`` from inside long loops."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CleanSet:
     """Images with their labels: the defender's trusted samples, or a test split.
 
@@ -149,7 +152,7 @@ class RepairResult:
     changed: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RecoveredTrigger:
     """A trigger found from clean images: ``(1 - mask) * x + mask * pattern``.
 
@@ -173,7 +176,7 @@ class RecoveredTrigger:
         return (1 - mask) * x + mask * pattern
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RecoveredPattern:
     """An additive trigger found from clean images: ``x + pattern``.
 
@@ -219,7 +222,7 @@ VERDICTS = ("clean", "suspicious", "backdoored", "inconclusive")
 """What a scan can end with."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScanReport:
     """What a scan finds.
 
@@ -249,7 +252,7 @@ class ScanReport:
     pattern: RecoveredPattern | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SampleScores:
     """How likely each of a pile of images carries the trigger.
 
