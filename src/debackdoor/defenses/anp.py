@@ -51,7 +51,7 @@ class ANP(Defense):
         momentum: of SGD.
         iterations: steps of the masks.
         batch_size: images a step, drawn with replacement.
-        shift: largest random shift, a fraction of the image's width.
+        shift: largest random shift, a fraction of the image's height and width.
         threshold: where given, every channel whose mask is at most this is pruned (the paper's 0.2); None takes the
             strongest of its levels within the budget.
         budget: how far accuracy on the hold-out part may fall, a fraction.

@@ -46,7 +46,7 @@ class RelearnSettings:
         triggered: how many of these a step; as many again with a plain square, where one was found.
         head_start: steps that the search for triggers is ahead, on the suspect model.
         sizes: of these triggers.
-        shift: largest random shift, a fraction of the image's width.
+        shift: largest random shift, a fraction of the image's height and width.
         tries: how often learning begins anew, each time with half the step size, when it costs too much accuracy.
     """
 

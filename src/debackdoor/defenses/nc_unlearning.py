@@ -41,7 +41,7 @@ class NCUnlearning(Defense):
         momentum: of SGD.
         weight_decay: of SGD.
         batch_size: images a step.
-        shift: largest random shift before the trigger is put on, a fraction of the image's width.
+        shift: largest random shift before the trigger is put on, a fraction of the image's height and width.
         holdout: share of the clean set that is not learned from and tells what unlearning costs; 0 learns from all.
 
     Example:

@@ -54,7 +54,7 @@ class Tuning(Defense):
         weight_decay: of SGD.
         epochs: passes over the fit part.
         batch_size: images a step.
-        shift: largest random shift, a fraction of the image's width.
+        shift: largest random shift, a fraction of the image's height and width.
         holdout: share of the clean set that is not learned from and tells what the method costs; 0 learns from all.
     """
 

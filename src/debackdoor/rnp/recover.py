@@ -33,7 +33,7 @@ class RecoverSettings:
         weight: factor on the cross-entropy (``alpha`` in the paper's code).
         passes: passes over the fit part.
         batch_size: images a step.
-        shift: largest random shift, a fraction of the image's width.
+        shift: largest random shift, a fraction of the image's height and width.
     """
 
     lr: float = 0.2
@@ -56,7 +56,8 @@ class Recovered:
     Attributes:
         mask: float32 (channels,) in [0, 1], at the end of recovery.
         mean_mask: the same, averaged over all steps: of two masks that end equal, the one that fell earlier is lower.
-        history: one row a pass: loss and accuracy of the masked exposed model on its training batches.
+        history: one row a pass, of the masked exposed model on its training batches: accuracy, and as loss what the
+            masks descend, the cross-entropy times ``weight``.
     """
 
     mask: Tensor
