@@ -18,7 +18,7 @@ from debackdoor import __version__
 from debackdoor.bench.scan_store import Result
 from debackdoor.errors import DebackdoorError
 from debackdoor.files import atomic_write
-from debackdoor.report.templates import environment
+from debackdoor.report.templates import template
 from debackdoor.runtime import versions
 
 SCHEMA = "debackdoor/scan-many/1"
@@ -158,5 +158,4 @@ def _headline(worst: str, number: int, total: int) -> str:
 
 
 def _template() -> Any:
-    text = (files("debackdoor.bench") / "overview.html.jinja").read_text(encoding="utf-8")
-    return environment("bench").from_string(text)
+    return template("debackdoor.bench", "overview.html.jinja", extra="bench")

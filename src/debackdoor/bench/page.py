@@ -12,7 +12,7 @@ from typing import Any
 
 from debackdoor import __version__
 from debackdoor.bench.tables import Comparison, Record, accuracy_lost, in_words, place_of, points
-from debackdoor.report.templates import environment
+from debackdoor.report.templates import template
 
 _STEPS = 10
 """So many shades the heat map has above its lowest."""
@@ -143,9 +143,8 @@ def check_libraries() -> None:
 
 
 def _template() -> tuple[Any, Any]:
-    pages = environment("bench")
+    page = template("debackdoor.bench", "matrix.html.jinja", extra="bench")
     import markupsafe  # a part of jinja2
 
-    folder = files("debackdoor.bench")
-    text, script = ((folder / name).read_text(encoding="utf-8") for name in ("matrix.html.jinja", "sort.js"))
-    return pages.from_string(text), markupsafe.Markup(script)
+    script = (files("debackdoor.bench") / "sort.js").read_text(encoding="utf-8")
+    return page, markupsafe.Markup(script)

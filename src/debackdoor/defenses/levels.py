@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from debackdoor.channels import MaskableLayer, all_channels, masked_call
 from debackdoor.defenses.base import differ
 from debackdoor.models.forward import in_eval, predict
-from debackdoor.rnp.prune import plan_mask, prune
+from debackdoor.rnp.prune import below, plan_mask, prune
 from debackdoor.types import CleanSet, Plan, PlannedChannel, Progress, RepairResult, Step
 
 HOLDOUT = 0.25
@@ -114,7 +114,7 @@ def cost(
 
 def below_levels(ranking: Plan, thresholds: Iterable[float]) -> tuple[Level, ...]:
     """One level a threshold: every channel of ``ranking`` whose score is at most that."""
-    return tuple(Level(t, tuple(channel for channel in ranking if channel.score <= t)) for t in thresholds)
+    return tuple(Level(t, below(ranking, t)) for t in thresholds)
 
 
 def outlier_levels(ranking: Plan, deviations: Iterable[float]) -> tuple[Level, ...]:

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import re
 import statistics
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
-from torch import Tensor
 
 from debackdoor import __version__
 from debackdoor.attacks import ATTACKS, Attack, load_trigger
@@ -25,7 +19,8 @@ from debackdoor.attacks.registry import count_classes
 from debackdoor.data import load_dataset
 from debackdoor.errors import DebackdoorError
 from debackdoor.files import atomic_write_text
-from debackdoor.report.templates import environment
+from debackdoor.report import figures
+from debackdoor.report.templates import template
 from debackdoor.types import CleanSet
 from debackdoor.zoo import CLEAN, Card, trigger_of
 
@@ -165,7 +160,7 @@ def _row(card: Card, folder: Path, images: _Images) -> _Row:
         target="the next label (y + 1)" if attack.mode == ALL_TO_ALL else _name(test, attack.target),
         parameters=", ".join(f"{name} {_short(value)}" for name, value in card.attack_parameters.items()),
         strips={
-            name: [_Picture(label, _png(image)) for label, image in zip(labels, strip, strict=True)]
+            name: [_Picture(label, figures.png(image)) for label, image in zip(labels, strip, strict=True)]
             for name, strip in strips.items()
         },
     )
@@ -187,14 +182,6 @@ def _paper(kind: type[Attack]) -> tuple[str, str]:
     return " ".join(text.split("\n\n")[0].split()), link[0] if link else ""
 
 
-def _png(image: Tensor) -> str:
-    """An image (3, H, W) in [0, 1] as a data URI."""
-    buffer = io.BytesIO()
-    Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy()).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
 def _template() -> Any:
-    pages = environment()
-    pages.filters["percent"] = lambda rate: "-" if rate is None else f"{rate:.1%}".replace("%", " %")
-    return pages.from_string((files("debackdoor.report") / "gallery.html.jinja").read_text(encoding="utf-8"))
+    percent = {"percent": lambda rate: "-" if rate is None else f"{rate:.1%}".replace("%", " %")}
+    return template("debackdoor.report", "gallery.html.jinja", percent)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from importlib.resources import files
 from typing import Any
 
 from debackdoor.errors import MissingDependencyError
@@ -32,3 +34,26 @@ def environment(extra: str = "report") -> Any:
     return jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=shown
     )
+
+
+def template(
+    package: str,
+    name: str,
+    filters: Mapping[str, Callable[[Any], Any]] | None = None,
+    *,
+    extra: str = "report",
+) -> Any:
+    """A page's template in an :func:`environment`.
+
+    Args:
+        package: whose folder the template lies in.
+        name: of its file.
+        filters: of this page, by name; None for none of its own.
+        extra: as for :func:`environment`.
+
+    Raises:
+        MissingDependencyError: if jinja2 does not import.
+    """
+    pages = environment(extra)
+    pages.filters.update(filters or {})
+    return pages.from_string((files(package) / name).read_text(encoding="utf-8"))
