@@ -22,7 +22,7 @@ from debackdoor.bench.executors import Outcome
 from debackdoor.bench.manifest import Entry, read_manifest
 from debackdoor.bench.scan_many import scan_many
 from debackdoor.bench.scan_store import Result, Settings
-from debackdoor.bench.work import in_one_line
+from debackdoor.errors import in_one_line
 from debackdoor.report import load_schema
 from debackdoor.types import VERDICTS, CleanSet, ScanReport
 

@@ -15,7 +15,7 @@ import debackdoor.bench.run as bench_run
 from bench_cases import record
 from cli_cases import Shell
 from debackdoor.bench.executors import Outcome
-from debackdoor.bench.work import in_one_line
+from debackdoor.errors import in_one_line
 
 Zoo = tuple[Path, Path]
 

@@ -18,8 +18,7 @@ from debackdoor.bench.cells import Cell, Matrix
 from debackdoor.bench.executors import Outcome
 from debackdoor.bench.measure import Settings, failed
 from debackdoor.bench.run import Finished, run
-from debackdoor.bench.work import in_one_line
-from debackdoor.errors import DataError, DebackdoorError
+from debackdoor.errors import DataError, DebackdoorError, in_one_line
 from debackdoor.zoo import read_card
 
 

@@ -124,6 +124,29 @@ def test_a_form_that_cannot_be_written_takes_no_other_along(
     assert (ran.code, (shell.folder / "a.html").exists()) == (2, True)
 
 
+@pytest.mark.parametrize(
+    ("place", "name", "written"),
+    [
+        ("debackdoor.report", "header", False),
+        ("debackdoor.report", "scan_record", False),
+        ("debackdoor.cli.scan", "_describe", True),
+    ],
+)
+def test_whatever_fails_after_the_verdict_hides_no_finding(
+    shell: Shell, stand_in: StandIn, place: str, name: str, written: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no more memory")
+
+    stand_in.report = report_cases.report("backdoored")
+    target = shell.folder / "out.json"
+    arguments = scan_of(shell, "--json", target)
+    monkeypatch.setattr(importlib.import_module(place), name, fail)
+    ran = shell(*arguments)
+    assert (ran.code, target.exists()) == (1, written)
+    assert ran.err.endswith("no more memory; --debug shows where\ndebackdoor: the finding stands\n")
+
+
 @pytest.mark.parametrize("form", ["--html", "--sarif"])
 def test_standard_output_is_for_json_alone(shell: Shell, stand_in: StandIn, form: str) -> None:
     ran = shell(*scan_of(shell, form, "-"))

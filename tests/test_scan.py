@@ -142,8 +142,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         (STAGES, "recover"),
         (EXAMINATION, "largest_margins"),
         (EXAMINATION, "find_shortcuts"),
-        (SCAN, "search_triggers"),
-        (SCAN, "recover_trigger"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -158,8 +156,51 @@ def test_the_callers_model_is_left_alone_when_a_stage_fails(
 
     monkeypatch.setattr(place, name, fail)
     with pytest.raises(StageError, match=name):
-        db.scan(model, quadrant_set(), all_triggers=name == "search_triggers", device="cpu")
+        db.scan(model, quadrant_set(), device="cpu")
     assert_as_found(model, before)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("searches", "clauses"),
+    [
+        (["recover_trigger"], "; its trigger could not be recovered: StageError: out of memory"),
+        (
+            ["recover_trigger", "search_triggers"],
+            "; a trigger towards every label could not be searched for: StageError: out of memory"
+            "; its trigger could not be recovered: StageError: out of memory",
+        ),
+    ],
+)
+def test_a_finding_outlives_the_search_for_its_trigger(
+    searches: list[str], clauses: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise StageError("out of\nmemory")
+
+    model = lived_in()
+    before = snapshot(model)
+    for name in searches:
+        monkeypatch.setattr(SCAN, name, fail)
+    report = db.scan(model, quadrant_set(), all_triggers="search_triggers" in searches, device="cpu")
+    assert_as_found(model, before)
+    assert (report.verdict, report.trigger) == ("backdoored", None)
+    assert report.message == "label 1 stands out by a small universal patch" + clauses
+    assert [suspect.label for suspect in report.suspects] == [1]
+    assert "trigger_success" not in report.suspects[0].evidence
+    assert set(report.history) == {"unlearn", "recover"}
+
+
+def test_without_a_finding_a_search_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise StageError
+
+    found = evidence()
+    monkeypatch.setattr(EXAMINATION, "largest_margins", lambda *_, **__: found.margins)
+    monkeypatch.setattr(EXAMINATION, "find_shortcuts", lambda *_, **__: found.shortcuts)
+    monkeypatch.setattr(SCAN, "search_triggers", fail)
+    with pytest.raises(StageError):
+        db.scan(lived_in(), quadrant_set(), all_triggers=True, device="cpu")
 
 
 @pytest.mark.usefixtures("quick")

@@ -39,6 +39,14 @@ class MissingDependencyError(DebackdoorError, ImportError):
     """An optional library is not installed or does not import."""
 
 
+def in_one_line(error: BaseException) -> str:
+    """An error for a record: its own sentence where it is one of this package, else with its class in front."""
+    text = " ".join(str(error).split())
+    if isinstance(error, DebackdoorError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def check_positive(**settings: float | None) -> None:
     """Checks hyper-parameters by name; None stands for one that is switched off.
 

@@ -6,7 +6,8 @@ drawn from models of the zoo; ``docs/results.md`` says which, and how they carry
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from debackdoor.detectors.label import growth, largest_pile_up, peak_share
 from debackdoor.detectors.shortcut import lead
 from debackdoor.detectors.trigger import recover_trigger, search_triggers
 from debackdoor.detectors.words import findings, near, nothing_found
-from debackdoor.errors import ChanceError, TooFewError
+from debackdoor.errors import ChanceError, TooFewError, in_one_line
 from debackdoor.fusing import fused
 from debackdoor.memory import DEFAULT
 from debackdoor.types import CleanSet, Progress, RecoveredPattern, RecoveredTrigger, ScanReport, Suspect
@@ -51,7 +52,8 @@ def scan(
 
     Returns:
         The verdict ``inconclusive`` where there are too few clean images, the model is at chance on them, the clean
-        task could not be unlearned, or faint signs name different labels; the message tells what would settle it.
+        task could not be unlearned, or faint signs name different labels; the message tells what would settle it. A
+        finding stands without a trigger where the search for that fails, and the message says why.
 
     Raises:
         DataError: if the clean set has labels the model does not know.
@@ -76,16 +78,20 @@ def scan_case(case: Case, exposure: Exposure, evidence: Evidence, *, all_trigger
         "unlearn": exposure.unlearned.history,
         "recover": exposure.recovered.history,
     }
+    trigger, failures = None, list[str]()
     if all_triggers:
-        history["triggers"] = _all_triggers(case)
-    trigger = _recover(case, exposure, labels[0]) if labels else None
+        with _spared(verdict, "a trigger towards every label could not be searched for", failures):
+            history["triggers"] = _all_triggers(case)
+    if labels:
+        with _spared(verdict, "its trigger could not be recovered", failures):
+            trigger = _recover(case, exposure, labels[0])
     suspects = tuple(_suspect(case, exposure, evidence, label) for label in labels)
     if trigger is not None:
         found = {"trigger_success": trigger.success_rate, "trigger_pixels": trigger.l1}
         suspects = (replace(suspects[0], evidence={**suspects[0].evidence, **found}), *suspects[1:])
     return ScanReport(
         verdict,
-        message,
+        "; ".join([message, *failures]),
         evidence.score,
         suspects,
         evidence.all_to_all,
@@ -95,6 +101,17 @@ def scan_case(case: Case, exposure: Exposure, evidence: Evidence, *, all_trigger
         history,
         _pattern(evidence, labels[0]) if labels else None,
     )
+
+
+@contextmanager
+def _spared(verdict: str, what: str, failures: list[str]) -> Iterator[None]:
+    """An error inside loses no finding, which stands already: it is one more clause, after ``what`` failed."""
+    try:
+        yield
+    except Exception as error:
+        if verdict not in ("backdoored", "suspicious"):
+            raise
+        failures.append(f"{what}: {in_one_line(error)}")
 
 
 def _judge(evidence: Evidence, exposure: Exposure) -> tuple[str, str]:

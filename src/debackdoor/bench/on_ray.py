@@ -11,8 +11,8 @@ from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
-from debackdoor.bench.work import Outcome, check_retries, error_of, in_one_line
-from debackdoor.errors import DebackdoorError, MissingDependencyError, check_count, check_positive
+from debackdoor.bench.work import Outcome, check_retries, error_of
+from debackdoor.errors import DebackdoorError, MissingDependencyError, check_count, check_positive, in_one_line
 
 T = TypeVar("T")
 

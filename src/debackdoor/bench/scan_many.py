@@ -15,9 +15,8 @@ from typing import Any
 from debackdoor.bench.executors import Executor, Outcome, execute
 from debackdoor.bench.manifest import Entry
 from debackdoor.bench.scan_store import Result, Settings, Store, hash_of, result_of
-from debackdoor.bench.work import in_one_line
 from debackdoor.data import load_clean
-from debackdoor.errors import DebackdoorError
+from debackdoor.errors import DebackdoorError, in_one_line
 from debackdoor.models import open_model
 from debackdoor.report import header, scan_record
 from debackdoor.runtime import deterministic_algorithms

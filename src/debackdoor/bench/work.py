@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from debackdoor.allocator import keep_freed_memory
-from debackdoor.errors import DebackdoorError
+from debackdoor.errors import DebackdoorError, in_one_line
 
 T = TypeVar("T")
 
@@ -41,14 +41,6 @@ def error_of(pickled: bytes, threads: int, item: Any) -> str | None:
     except (Exception, SystemExit) as error:
         return in_one_line(error)
     return None
-
-
-def in_one_line(error: BaseException) -> str:
-    """An error for a record: its own sentence where it is one of this package, else with its class in front."""
-    text = " ".join(str(error).split())
-    if isinstance(error, DebackdoorError):
-        return text
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def check_retries(retries: int) -> None:

@@ -96,17 +96,19 @@ def scan(
             memory=memory,
             progress=stages,
         )
-    head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
-    record = scan_record(head, report, clean_images=len(images), fail_on=fail_on)
     status = _status(report, fail_on)
-    _describe(output, report, len(images))
     with finding_stands(status, debug):
-        records: list[Callable[[], object]] = [lambda: output.write_json(record)]
+        head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
+        record = scan_record(head, report, clean_images=len(images), fail_on=fail_on)
+        steps: list[Callable[[], object]] = [
+            lambda: _describe(output, report, len(images)),
+            lambda: output.write_json(record),
+        ]
         if sarif is not None:
-            records.append(lambda: _write_sarif(sarif, record))
+            steps.append(lambda: _write_sarif(sarif, record))
         if html is not None:
-            records.append(lambda: _write_page(html, record, report, images, shlex.join(context.obj)))
-        each_of(records)
+            steps.append(lambda: _write_page(html, record, report, images, shlex.join(context.obj)))
+        each_of(steps)
     return status
 
 
