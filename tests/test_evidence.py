@@ -106,6 +106,14 @@ def test_the_numbers_name_the_label_of_every_kind() -> None:
     assert numbers["margin_ratio_before"] == 1.3
 
 
+def test_what_was_not_searched_for_has_no_number_and_speaks_against_nothing() -> None:
+    """A spread of -0.1 is no sign either: all but the two numbers is the same."""
+    without, some = evidence(away=None, patch={2: 0.5}), evidence(away=0.1, patch={2: 0.5})
+    assert {**without.numbers("after"), "away_after": 0.1, "gathered_after": 0.2} == some.numbers("after")
+    assert (without.all_to_all, without.exposed, without.nearest) == (False, False, 2)
+    assert without.score == some.score
+
+
 def test_strengths_are_multiples_of_the_thresholds() -> None:
     """The logarithm of a square is twice that of the number; of shares what is above chance, 1 / 5, is halved."""
     rates = {2: 0.1 + 1.5 * STANDS_OUT}

@@ -123,7 +123,16 @@ def test_a_scan_and_the_repair_that_followed(page: Any) -> None:
     assert "Channels pruned 12" in words
     assert "relearn : the clean task from labels, and triggers unlearned (lr 0.01, accuracy 0.935)" in words
     assert "A small patch threshold: 50 points 99.0 % go to 3 (cat), 87 points above what is usual 20.0 % go" in words
-    assert "not measured again" in words
+    assert "not measured again" in words  # the pile-up
+
+
+def test_a_search_that_was_not_made_again_says_so(page: Any) -> None:
+    repair = cases.repaired()
+    assert page(repair).words.count("not measured again") == 1
+    del repair["verification"]["evidence"]["away_after"]
+    words = page(repair).words
+    assert words.count("not measured again") == 2
+    assert "41.0 % are led away" in words
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from channel_cases import assert_as_found, snapshot
 from debackdoor.detectors.perturbations import KINDS, Additive, Patch, Perturbations, Sizes, Warp
-from debackdoor.detectors.shortcut import Shortcuts, find_shortcuts
+from debackdoor.detectors.shortcut import Shortcuts, find_shortcuts, lead
 from debackdoor.detectors.universal import AWAY, Aim, UniversalSearch, aims_at, patches_away
 from debackdoor.runtime import generator
 from shortcut_cases import CLASSES, row_images, switched_to, switched_to_the_next
@@ -108,8 +108,8 @@ def test_a_switch_is_a_shortcut_to_its_label() -> None:
     before, state = snapshot(model), torch.get_rng_state()
     found = find_shortcuts(model, row_images(), row_images(), range(CLASSES), precision="fp32")
     assert found.rates["patch"][2] == 1.0
-    assert found.lead("patch", 2) >= 0.9
-    assert all(found.lead("patch", label) < 0.2 for label in (0, 1, 3))
+    assert lead(found.rates["patch"], 2) >= 0.9
+    assert all(lead(found.rates["patch"], label) < 0.2 for label in (0, 1, 3))
     assert all(rate < 0.2 for rate in found.rates["additive"].values())
     assert found.spread < 0.2
     assert_as_found(model, before)
@@ -148,7 +148,7 @@ def test_without_a_switch_there_is_no_shortcut() -> None:
     with torch.no_grad():
         model[1].weight[CLASSES] = 0
     found = find_shortcuts(model, row_images(), row_images(), range(CLASSES), precision="fp32")
-    assert max(found.lead(kind, label) for kind in found.rates for label in range(CLASSES)) < 0.3
+    assert max(lead(rates, label) for rates in found.rates.values() for label in range(CLASSES)) < 0.3
     assert found.spread < 0.3
 
 
@@ -162,7 +162,15 @@ def test_only_the_labels_that_were_asked_for_are_searched() -> None:
 
 
 def test_a_lead_is_measured_from_the_other_labels_median() -> None:
-    found = Shortcuts({"patch": {0: 0.9, 1: 0.1, 2: 0.2, 3: 0.7}}, 0.8, 0.3)
-    assert found.lead("patch", 0) == pytest.approx(0.7)
-    assert found.lead("patch", 3) == pytest.approx(0.5)
-    assert found.spread == pytest.approx(0.5)
+    rates = {0: 0.9, 1: 0.1, 2: 0.2, 3: 0.7}
+    assert lead(rates, 0) == pytest.approx(0.7)
+    assert lead(rates, 3) == pytest.approx(0.5)
+
+
+def test_a_spread_is_what_leads_away_beyond_what_gathers() -> None:
+    assert Shortcuts({}, 0.8, 0.3).spread == pytest.approx(0.5)
+
+
+def test_where_no_patch_away_was_searched_for_nothing_is_said_of_one() -> None:
+    found = find_shortcuts(switched_to_the_next(), row_images(), row_images(), [1], away=0, steps=2, precision="fp32")
+    assert (found.away, found.gathered, found.spread) == (None, None, 0.0)

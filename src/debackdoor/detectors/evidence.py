@@ -160,9 +160,9 @@ class Evidence:
             f"margin_label_{when}": self.margins.label,
             f"margin_ratio_{when}": self.margins.ratio,
             f"margin_p_value_{when}": self.margins.p_value,
-            f"away_{when}": self.shortcuts.away,
-            f"gathered_{when}": self.shortcuts.gathered,
         }
+        if self.shortcuts.away is not None and self.shortcuts.gathered is not None:
+            numbers |= {f"away_{when}": self.shortcuts.away, f"gathered_{when}": self.shortcuts.gathered}
         if self.pile_up is not None:
             numbers |= {f"pile_up_label_{when}": self.pile_up.label, f"pile_up_share_{when}": self.pile_up.share}
         for kind, rates in self.rates.items():

@@ -31,26 +31,23 @@ class Shortcuts:
 
     Attributes:
         rates: by kind and label: the share of images of other labels that the perturbation sends there.
-        away: how far accuracy falls under the best patch that leads away, of all images: at most the accuracy.
-        gathered: the largest share of that patch's answers on one label.
+        away: how far accuracy falls under the best patch that leads away, of all images: at most the accuracy. None
+            where no such patch was searched for.
+        gathered: the largest share of that patch's answers on one label, or None.
         patterns: by label: the additive pattern, float32 (C, H, W) on the CPU.
         sizes: of the perturbations.
     """
 
     rates: Mapping[str, Mapping[int, float]]
-    away: float
-    gathered: float
+    away: float | None
+    gathered: float | None
     patterns: Mapping[int, Tensor] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
-
-    def lead(self, kind: str, label: int) -> float:
-        """How far the label's rate is above the other labels' median."""
-        return lead(self.rates[kind], label)
 
     @property
     def spread(self) -> float:
         """How much more often a patch leads away than its answers gather: large for all-to-all backdoors alone."""
-        return self.away - self.gathered
+        return 0.0 if self.away is None or self.gathered is None else self.away - self.gathered
 
 
 def lead(rates: Mapping[int, float], label: int) -> float:
@@ -102,7 +99,7 @@ def find_shortcuts(
             rates[aim.kind.kind][aim.target] = _success(search, model, holdout, number, aim, precision)
             if aim.kind is Additive:
                 patterns[aim.target] = search.pattern(number).cpu()
-    most, gathered = max(away_and_gathered, key=lambda found: found[0] - found[1], default=(0.0, 0.0))
+    most, gathered = max(away_and_gathered, key=lambda found: found[0] - found[1], default=(None, None))
     return Shortcuts(rates, most, gathered, patterns, sizes)
 
 
