@@ -95,3 +95,11 @@ for name in db.__all__:
 print(json.dumps([without_torch, "debackdoor.repair" in sys.modules, state() == before]))
 """
     assert run(code) == [True, True, True]
+
+
+def test_what_a_scan_takes_loads_no_attack() -> None:
+    code = """
+import sys, debackdoor.bench.scan_many, debackdoor.detect, debackdoor.report.page
+print(json.dumps([name for name in sys.modules if name.startswith(("debackdoor.attacks", "debackdoor.evaluation"))]))
+"""
+    assert run(code) == []

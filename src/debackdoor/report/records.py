@@ -8,13 +8,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from debackdoor.errors import DebackdoorError
-from debackdoor.evaluation import Evaluation
 from debackdoor.models import LoadedModel
 from debackdoor.runtime import versions
 from debackdoor.types import Plan, RecoveredPattern, RecoveredTrigger, RepairResult, SampleScores, ScanReport
+
+if TYPE_CHECKING:  # it brings every attack along
+    from debackdoor.evaluation import Evaluation
 
 SCAN_SCHEMA = "debackdoor/scan/1"
 REPAIR_SCHEMA = "debackdoor/repair/1"
