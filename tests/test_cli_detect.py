@@ -224,6 +224,21 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(
     assert {path: path.read_bytes() for path in shell.files() if path.is_file()} == before
 
 
+@pytest.mark.parametrize("kind", ["the current one", "a mount"])
+def test_a_folder_that_cannot_be_replaced_is_refused_before_the_work(
+    shell: Shell, stand_in: StandIn, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shell.folder / "out"
+    out.mkdir()
+    if kind == "a mount":
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == out)
+    else:
+        monkeypatch.chdir(out)
+    ran = shell(*detect_of(shell, "--clean-out", out))
+    assert (ran.code, ran.out, stand_in.given) == (2, "", {})
+    assert f"out: expected a folder that can be replaced, got {kind}; give a new one in it" in ran.err
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [

@@ -17,6 +17,7 @@ from PIL import Image
 from data_cases import make_folder, make_parquet, one_sentence, png
 from debackdoor.data import Pile, load_dataset, load_pile, write_images
 from debackdoor.errors import DataError
+from debackdoor.files import new_folder
 
 
 def reds(pile: Pile) -> list[int]:
@@ -240,3 +241,52 @@ def test_where_copies_cannot_be_they_are_refused(
     assert not list(out.glob("*.PNG"))
     if out.is_file() or (out / ".mine").exists():
         assert (out if out.is_file() else out / ".mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_copy_that_is_interrupted_leaves_no_part_of_it(
+    tmp_path: Path, existed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pile, out, written = load_pile(flat(tmp_path / "in")), tmp_path / "out", []
+
+    def write(path: Path, data: bytes) -> int:
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        with open(path, "wb") as file:
+            return file.write(data)
+
+    if existed:
+        out.mkdir()
+    monkeypatch.setattr(Path, "write_bytes", write)
+    with pytest.raises(KeyboardInterrupt):
+        write_images(pile, torch.ones(3).bool(), out)
+    assert len(written) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == (["in", "out"] if existed else ["in"])
+    assert not existed or list(out.iterdir()) == []
+
+
+def test_an_empty_folder_keeps_its_permissions_and_a_link_to_it_stays(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.mkdir()
+    real.chmod(0o750)
+    link.symlink_to(real, target_is_directory=True)
+    write_images(load_pile(flat(tmp_path / "in")), torch.ones(3).bool(), link)
+    assert link.is_symlink()
+    assert len(list(real.iterdir())) == 3
+    assert real.stat().st_mode & 0o777 == 0o750
+
+
+def test_what_comes_into_the_folder_meanwhile_stays(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def fill() -> None:
+        with new_folder(out) as folder:
+            (folder / "new").write_text("new")
+            (out / "mine").write_text("mine")
+
+    with pytest.raises(OSError, match="not empty"):
+        fill()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["mine"]

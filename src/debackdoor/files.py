@@ -1,4 +1,4 @@
-"""Writing files so that a killed run leaves the old file or the new one, never half of one."""
+"""Writing files and folders so that a killed run leaves the old one or the new one, never half of one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shutil
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -40,6 +42,32 @@ def atomic_write(path: str | Path, data: bytes) -> None:
 def atomic_write_text(path: str | Path, text: str) -> None:
     """:func:`atomic_write` of ``text`` in UTF-8."""
     atomic_write(path, text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """A folder to fill, which gets the name ``path`` in one step when the context ends.
+
+    An empty folder of that name makes way for it, and gives it its permissions. After any failure nothing has changed
+    under that name, and nothing is left beside it; a killed run leaves a hidden folder beside it.
+
+    Raises:
+        OSError: if there is something of that name, or the folder around it cannot be written to.
+    """
+    target = Path(os.path.realpath(path))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if target.is_dir():
+            shutil.copymode(target, temporary)
+            target.rmdir()  # not every system renames a folder to one that exists; a full one stays, and is an error
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    _sync_folder(target.parent)
 
 
 def sha256_of(path: str | Path) -> str:

@@ -212,7 +212,7 @@ def check_more(taken: list[Path], *outputs: Path | None) -> None:
 
 
 def check_new_folder(folder: Path, inputs: Iterable[Path], json_to: str | None) -> None:
-    """Checks, before any work, that files can be written to ``folder``, which is to be made, or is empty.
+    """Checks, before any work, that ``folder`` can be made, or is empty and a new one can take its place.
 
     Args:
         folder: gets files.
@@ -231,7 +231,12 @@ def check_new_folder(folder: Path, inputs: Iterable[Path], json_to: str | None) 
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         got = "one with files in it" if folder.is_dir() else "a file"
         raise DebackdoorError(f"{folder}: expected an empty folder or none, got {got}; give another")
-    check_folder(folder if folder.is_dir() else folder.absolute().parent)
+    if folder.is_dir():
+        check_folder(folder)
+        if os.path.ismount(folder) or folder.samefile(os.curdir):
+            got = "a mount" if os.path.ismount(folder) else "the current one"
+            raise DebackdoorError(f"{folder}: expected a folder that can be replaced, got {got}; give a new one in it")
+    check_folder(here.parent)
 
 
 def check_folder(folder: Path) -> None:

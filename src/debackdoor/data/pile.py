@@ -15,6 +15,7 @@ from debackdoor.data.load import check_size, open_source
 from debackdoor.data.named import FOLDERS, named_folder
 from debackdoor.data.source import read
 from debackdoor.errors import DataError
+from debackdoor.files import new_folder
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,8 @@ def load_pile(source: str | os.PathLike[str], split: str = "train", image_size: 
 def write_images(pile: Pile, chosen: Tensor, out: Path) -> None:
     """Writes the chosen images into ``out``: copies of their files where there are any, else PNG files.
 
+    All of them are there, or none: the folder gets its name when it is complete.
+
     Args:
         pile: what to choose from.
         chosen: bool (N,).
@@ -71,19 +74,23 @@ def write_images(pile: Pile, chosen: Tensor, out: Path) -> None:
     try:
         if out.exists() and any(out.iterdir()):
             raise DataError(f"{out}: expected an empty folder or none, got one with files in it; give another")
-        out.mkdir(parents=True, exist_ok=True)
-        for index in chosen.nonzero()[:, 0].tolist():
-            name = pile.names[index]
-            if pile.folder is None:
-                _to_picture(pile.x[index]).save(out / f"{name.replace(' ', '-')}.png")
-                continue
-            target = out / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes((pile.folder / name).read_bytes())
+        with new_folder(out) as folder:
+            for index in chosen.nonzero()[:, 0].tolist():
+                _write_image(pile, index, folder)
     except OSError as error:
         raise DataError(
             f"{out}: cannot be written ({error.strerror or error}); check the folder and the disk"
         ) from error
+
+
+def _write_image(pile: Pile, index: int, folder: Path) -> None:
+    name = pile.names[index]
+    if pile.folder is None:
+        _to_picture(pile.x[index]).save(folder / f"{name.replace(' ', '-')}.png")
+        return
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes((pile.folder / name).read_bytes())
 
 
 def _to_picture(image: Tensor) -> Image.Image:
