@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from cli_cases import Shell
 from data_cases import png
-from debackdoor.cli.detect import Method, On
+from debackdoor.cli.detect import OWN, Method, On
 from debackdoor.detect import DETECTORS, MODELS
+from debackdoor.detect import OWN as LIBRARY_OWN
 from debackdoor.detectors.shift import REPAIR_SHIFT
 from debackdoor.report import load_schema
 from debackdoor.types import CleanSet, SampleScores
@@ -135,6 +136,18 @@ def test_a_file_name_cannot_forge_a_line_or_reach_the_terminal(shell: Shell, sta
 def test_the_methods_are_those_of_the_library() -> None:
     assert tuple(Method) == (REPAIR_SHIFT, *DETECTORS)
     assert tuple(On) == MODELS
+    assert OWN == LIBRARY_OWN
+
+
+@pytest.mark.parametrize("method", [(), ("--method", "exposed-margin")])
+def test_the_original_model_is_for_published_methods(shell: Shell, stand_in: StandIn, method: tuple[str, ...]) -> None:
+    """A wrong usage, before any file is read."""
+    ran = shell("detect", "no.pt", "--arch", "no", "--clean", "no", "--suspects", "no", "--on", "original", *method)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (4, "", 1)
+    assert (
+        "--on: expected exposed for repair-shift and exposed-margin, got original; choose another --method" in ran.err
+    )
+    assert stand_in.given == {}
 
 
 @pytest.mark.parametrize("exists", [False, True])
@@ -176,6 +189,21 @@ def test_no_finding_is_hidden_by_a_full_disk(
         assert "No space left on device" in ran.err
         assert ("the finding stands" in ran.err) == (code == 1)
         assert not (shell.folder / "out").exists()
+
+
+@pytest.mark.parametrize(("p_value", "code"), [(1e-6, 1), (1.0, 2)])
+def test_a_record_that_cannot_be_written_takes_no_copy_along(
+    shell: Shell, stand_in: StandIn, p_value: float, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    stand_in.p_value = p_value
+    arguments = detect_of(shell, "--json", shell.folder / "a.json", "--clean-out", shell.folder / "out")
+    monkeypatch.setattr(os, "replace", fail)
+    ran = shell(*arguments)
+    assert (ran.code, "a.json was not written: No space left" in ran.err) == (code, True)
+    assert sorted(path.name for path in (shell.folder / "out").iterdir()) == ["0.png", "1.png"]
 
 
 def _existing(shell: Shell) -> list[object]:
@@ -257,7 +285,6 @@ def test_errors_from_within(shell: Shell, stand_in: StandIn, error: BaseExceptio
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--on", "original"), "for repair-shift and exposed-margin the exposed one, got 'original'"),
         ((), "expected suspect images"),
         (("--suspects", "nowhere"), "nowhere: expected a folder"),
     ],

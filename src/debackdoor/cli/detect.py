@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_new_folder, finding_stands, paths_among
+from debackdoor.cli.output import Output, check_new_folder, each_of, finding_stands, paths_among
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
 from debackdoor.text import visible
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
     from debackdoor.data import Pile
     from debackdoor.types import SampleScores
 
@@ -38,6 +42,9 @@ class On(StrEnum):
     EXPOSED = "exposed"
     ORIGINAL = "original"
 
+
+OWN = (Method.REPAIR_SHIFT, Method.EXPOSED_MARGIN)
+"""Methods that look at models of their own; debackdoor.detect, which has them too, imports torch."""
 
 SHOWN = 10
 """As many flagged images are named; the record names all."""
@@ -80,12 +87,15 @@ def detect(
     Exits with 0 if no more images are flagged than may be by chance, with 1 if more are, and with 3 if nothing could be
     told.
     """
+    if on is On.ORIGINAL and method in OWN:
+        own = " and ".join(OWN)
+        raise typer.BadParameter(f"expected exposed for {own}, got {on}; choose another --method", param_hint="--on")
     output = Output(quiet, json_to)
     output.check_json([checkpoint, *paths_among(clean, suspects, arch)])
     if clean_out is not None:
         check_new_folder(clean_out, paths_among(clean, suspects), json_to)
 
-    from debackdoor.data import load_clean, load_pile, write_images
+    from debackdoor.data import load_clean, load_pile
     from debackdoor.detect import detect_samples
     from debackdoor.models import open_model
     from debackdoor.report import detect_record, header
@@ -110,17 +120,27 @@ def detect(
             memory=memory,
             progress=stages,
         )
-    _describe(output, scores, pile)
-    head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
-    status = BACKDOORED if scores.p_value < BY_CHANCE else OK if scores.conclusive else INCONCLUSIVE
-    with finding_stands(status, debug):
+
+    def write_record() -> None:
+        head = header(loaded, data=clean, seed=seed, seconds=stages.seconds)
         output.write_json(detect_record(head, scores, clean_images=len(images), suspects=pile.names))
-        if clean_out is not None:
-            write_images(pile, ~scores.flagged, clean_out)
-            output.say(f"copied {int((~scores.flagged).sum())} images that pass to {clean_out}")
+
+    status = BACKDOORED if scores.p_value < BY_CHANCE else OK if scores.conclusive else INCONCLUSIVE
+    steps: list[Callable[[], object]] = [lambda: _describe(output, scores, pile), write_record]
+    if clean_out is not None:
+        steps.append(lambda: _copy(output, pile, ~scores.flagged, clean_out))
+    with finding_stands(status, debug):
+        each_of(steps)
     if not scores.conclusive:
         complain("warning: the clean task was not unlearned, so the exposed model tells little; give more clean images")
     return status
+
+
+def _copy(output: Output, pile: Pile, chosen: Tensor, folder: Path) -> None:
+    from debackdoor.data import write_images
+
+    write_images(pile, chosen, folder)
+    output.say(f"copied {int(chosen.sum())} images that pass to {folder}")
 
 
 def _describe(output: Output, scores: SampleScores, pile: Pile) -> None:
