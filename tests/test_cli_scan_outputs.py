@@ -196,6 +196,14 @@ def test_no_form_takes_the_place_of_a_network_or_named_images(
     assert (folder / target).read_bytes() == before
 
 
+@pytest.mark.parametrize("arch", ["./:f", "../:x", "/:x", "a/../:f", "net.:f"])
+def test_a_network_that_is_neither_file_nor_module_is_refused_in_one_sentence(shell: Shell, arch: str) -> None:
+    ran = shell("scan", shell.checkpoint(), "--arch", arch, "--clean", "digits", "--json", shell.folder / "a.json")
+    assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
+    assert f"module {arch[:-2]!r} failed to import" in ran.err
+    assert ran.err.endswith("; check its name and your path\n")
+
+
 @pytest.mark.parametrize("forms", [("--json", "--html"), ("--json", "--sarif"), ("--html", "--sarif")])
 def test_no_form_takes_the_place_of_another(shell: Shell, stand_in: StandIn, forms: tuple[str, str]) -> None:
     ran = shell(*scan_of(shell, *(item for form in forms for item in (form, shell.folder / "out"))))

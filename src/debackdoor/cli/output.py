@@ -169,7 +169,8 @@ def _places(name: str) -> Iterator[Path]:
         yield from Path(folder).glob("*")
     elif code.strip("."):
         yield Path(code)
-        yield from (Path(root, *code.split(".")).with_suffix(".py") for root in ("", *sys.path))
+        *packages, module = code.split(".")
+        yield from (Path(root, *packages, f"{module}.py") for root in ("", *sys.path))  # of "./", too, which is none
     elif name in FOLDERS:
         yield Path(os.environ.get(VARIABLE, ""), name)
 
