@@ -34,6 +34,8 @@ def head(classes: int = 10, **entries: Any) -> dict[str, Any]:
         "sha256": "a3" * 32,
         "arch": "resnet18",
         "num_classes": classes,
+        "mean": None,
+        "std": None,
         "data": "clean_dir",
         "seed": 0,
         "seconds": {"load": 0.412, "unlearn": 10.25},
@@ -51,7 +53,10 @@ def history(classes: int = 10, peak: float = 0.97) -> list[dict[str, Any]]:
         shares = [(1 - share) * weight / sum(rest) for weight in rest]
         shares[TARGET % classes] = share
         accuracy = 0.94 - 0.82 * (check / 15) ** 2
-        rows.append({"step": 2 * check + 2, "loss": 1.0, "accuracy": accuracy, "lr": 0.002, "label_shares": shares})
+        rows.append(
+            {"step": 2 * check + 2, "loss": 1.0, "accuracy": accuracy, "lr": 0.002, "label_shares": shares,
+             "taken_back": check == 3}
+        )  # fmt: skip
     return rows
 
 

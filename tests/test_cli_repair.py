@@ -95,6 +95,8 @@ def test_repair_writes_the_model_and_its_record(shell: Shell, stand_in: StandIn)
         "sha256": sha256_of(checkpoint),
         "arch": shell.arch,
         "num_classes": 10,
+        "mean": None,
+        "std": None,
         "data": "digits",
         "seed": 3,
         "clean_images": 60,

@@ -77,7 +77,8 @@ def test_the_record_holds_the_settings_and_what_was_found(shell: Shell, stand_in
     stand_in.report = report_cases.report("backdoored")
     checkpoint, target = shell.checkpoint(), shell.folder / "out.json"
     before = checkpoint.read_bytes()
-    more = ("--seed", 3, "--limit", 60, "--device", "cpu", "--all-triggers", "--fail-on", "backdoored")
+    more = ("--seed", 3, "--limit", 60, "--device", "cpu", "--all-triggers", "--fail-on", "backdoored",
+            "--mean", "0.5,0.25,0.125", "--std", "1,1,0.5")  # fmt: skip
     assert shell(*scan_of(shell, "--json", target, *more)).code == 1
     assert checkpoint.read_bytes() == before
     stages, model = stand_in.given.pop("progress"), stand_in.given.pop("model")
@@ -95,7 +96,8 @@ def test_the_record_holds_the_settings_and_what_was_found(shell: Shell, stand_in
     assert list(stages.seconds) == ["load", "unlearn"]
     wanted = {
         "checkpoint": str(checkpoint), "sha256": sha256_of(checkpoint), "arch": shell.arch, "num_classes": 10,
-        "data": "digits", "seed": 3, "clean_images": 60, "fail_on": "backdoored", "verdict": "backdoored",
+        "mean": [0.5, 0.25, 0.125], "std": [1.0, 1.0, 0.5], "data": "digits", "seed": 3, "clean_images": 60,
+        "fail_on": "backdoored", "verdict": "backdoored",
         "score": 2.56, "all_to_all": False,
     }  # fmt: skip
     assert {name: record[name] for name in wanted} == wanted

@@ -155,11 +155,26 @@ def test_a_repair_alone(page: Any, state: dict[str, bool], word: str) -> None:
 
 def test_how_to_reproduce(page: Any) -> None:
     words = page(cases.scan()).words
-    quoted = "debackdoor scan 'models/resnet18 from supplier.safetensors' --arch resnet18 --clean clean_dir --seed 0"
-    assert quoted in words
+    model = "'models/resnet18 from supplier.safetensors' --arch resnet18 --num-classes 10"
+    assert f"debackdoor scan {model} --clean clean_dir --limit 500 --seed 0" in words
+    assert "--all-triggers" not in words
+    assert "--mean" not in words
     assert "a3" * 32 in words
     assert "debackdoor 0.1.0, torch 2.6.0, python 3.11.9" in words
     assert "debackdoor scan x --mean 0" in page(cases.scan(), command="debackdoor scan x --mean 0").words
+
+
+def test_every_command_has_the_normalisation_that_the_record_has(page: Any) -> None:
+    """A record of before has no such entries."""
+    words = page(cases.scan(top={"mean": [0.5, 0.25, 0.125], "std": [0.2, 0.2, 0.25]})).words
+    assert "Network resnet18, 10 classes, mean 0.5, 0.25, 0.125, std 0.2, 0.2, 0.25" in words
+    assert words.count("--num-classes 10 --mean 0.5,0.25,0.125 --std 0.2,0.2,0.25 --clean clean_dir") == 3
+    rows = [{"label": 3, "success_rate": 0.9, "l1": 2.0}]
+    assert "--seed 0 --all-triggers" in page(cases.scan(history={"triggers": rows})).words
+    repair = cases.repaired()
+    del repair["mean"], repair["std"]
+    words = page(repair).words
+    assert "--clean clean_dir --limit 500 --seed 0 --budget 0.02 --out FILE" in words
 
 
 def test_text_of_others_stays_text(page: Any) -> None:

@@ -131,6 +131,6 @@ def test_figures_are_the_same_each_time_and_leave_matplotlib_alone() -> None:
 
 
 def test_a_single_check_without_accuracy(page: Any) -> None:
-    rows = [{"step": 2, "accuracy": float("nan"), "label_shares": [0.5, 0.5]}]
+    rows = [{"step": 2, "accuracy": float("nan"), "label_shares": [0.5, 0.5], "taken_back": False}]
     found = page(cases.scan(classes=2, history={"unlearn": rows}))
     assert "Accuracy ends at not known." in found.all("svg")[-2]["aria-label"].replace("\u00a0", " ")

@@ -74,6 +74,15 @@ def test_scans_of_every_verdict_and_size_are(verdict: str, classes: int) -> None
     assert faults("scan", cases.scan(verdict, classes)) == []
 
 
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_normalisation_is_a_number_a_channel(kind: str) -> None:
+    assert faults(kind, {**RECORDS[kind](), "mean": [0.5, -1.0, 0], "std": [0.2, 1, 3.0]}) == []
+
+
+def test_steps_that_were_taken_back_say_so() -> None:
+    assert [row["step"] for row in cases.scan()["unlearning"] if row["taken_back"]] == [8]
+
+
 def test_scans_without_anything_are() -> None:
     record = cases.scan("inconclusive", suspects=(), evidence={}, ranking=(), history={})
     assert faults("scan", record) == []
@@ -112,7 +121,10 @@ def test_repairs_of_every_end_are(state: dict[str, bool]) -> None:
         ("scan", ("channels", 0, "layer"), 7),
         ("scan", ("layers", 0, "low"), -1),
         ("scan", ("unlearning", 0, "label_shares"), [2.0]),
+        ("scan", ("unlearning", 0, "taken_back"), 0),
         ("scan", ("clean_images",), 0),
+        ("scan", ("mean",), "0.5,0.5,0.5"),
+        ("repair", ("std",), [0.0]),
         ("repair", ("changed",), None),
         ("repair", ("clean_accuracy", "after"), 93.5),
         ("repair", ("verification", "passed"), "yes"),
@@ -162,7 +174,7 @@ def test_what_a_scan_record_holds() -> None:
     assert sum(row["low"] for row in record["layers"]) == sum(channel.score < 0.5 for channel in ranking)
     assert [row["low"] for row in record["layers"]] == sorted((row["low"] for row in record["layers"]), reverse=True)
     row = record["unlearning"][-2]
-    assert set(row) == {"step", "accuracy", "label_shares"}
+    assert set(row) == {"step", "accuracy", "label_shares", "taken_back"}
     assert row["label_shares"][3] == 0.97
 
 

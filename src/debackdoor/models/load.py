@@ -28,12 +28,15 @@ class LoadedModel:
         checkpoint: what the file held; ``write_checkpoint(..., like=checkpoint)`` writes a file of the same form.
         arch: the name it was built by.
         num_classes: how many classes it tells apart.
+        mean, std: of the normalisation inside the model; None without one.
     """
 
     model: nn.Module
     checkpoint: Checkpoint
     arch: str
     num_classes: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 def open_model(
@@ -67,7 +70,9 @@ def open_model(
         _check_class_count(checkpoint, num_classes)
         raise
     _check_floats(network, checkpoint)
-    return LoadedModel(in_eval(_normalised(network, mean, std)), checkpoint, arch, classes)
+    model = in_eval(_normalised(network, mean, std))
+    inside = [None if values is None else tuple(values) for values in (mean, std)]
+    return LoadedModel(model, checkpoint, arch, classes, *inside)
 
 
 def load_model(

@@ -181,9 +181,9 @@ def _repair(record: Mapping[str, Any], name: wording.Name) -> dict[str, Any]:
 
 
 def _command(record: Mapping[str, Any]) -> str:
-    words = [record["checkpoint"], "--arch", record["arch"], "--clean", record["data"], "--seed", record["seed"]]
+    words = [*wording.what(record), "--limit", record["clean_images"], "--seed", record["seed"]]
     if record["schema"] == SCAN_SCHEMA:
-        return wording.command("scan", *words)
+        return wording.command("scan", *words, *(["--all-triggers"] if record["triggers"] else []))
     return wording.command("repair", *words, "--budget", record["budget"], "--out", "FILE")
 
 

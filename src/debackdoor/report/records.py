@@ -50,6 +50,8 @@ def header(loaded: LoadedModel, *, data: str, seed: int, seconds: Mapping[str, f
         "sha256": loaded.checkpoint.sha256,
         "arch": loaded.arch,
         "num_classes": loaded.num_classes,
+        "mean": None if loaded.mean is None else list(loaded.mean),
+        "std": None if loaded.std is None else list(loaded.std),
         "data": data,
         "seed": seed,
         "seconds": {stage: round(value, 3) for stage, value in seconds.items()},
@@ -99,6 +101,7 @@ def scan_record(head: Mapping[str, Any], report: ScanReport, *, clean_images: in
                 "step": row["step"],
                 "accuracy": row["accuracy"],
                 "label_shares": [round(share, 6) for share in row["label_shares"]],
+                "taken_back": row["taken_back"],
             }
             for row in report.history.get("unlearn", ())
         ],

@@ -128,7 +128,7 @@ def repair_verdict(record: Mapping[str, Any]) -> Verdict:
 
 def advice(verdict: Verdict, record: Mapping[str, Any]) -> tuple[Advice, ...]:
     """What to do next, for the verdict of the last job that was done."""
-    head = [record["checkpoint"], "--arch", record["arch"], "--clean", record["data"]]
+    head = what(record)
     mend = Advice("Repair it, and scan what comes out:", command("repair", *head, "--out", "repaired.safetensors"))
     again = Advice(
         "Scan again with more clean images and another seed:",
@@ -161,6 +161,15 @@ def advice(verdict: Verdict, record: Mapping[str, Any]) -> tuple[Advice, ...]:
             keep,
         ),
     }[verdict.tone]
+
+
+def what(record: Mapping[str, Any]) -> list[object]:
+    """The words of a command line that name the model and the clean images of a record."""
+    words = [record["checkpoint"], "--arch", record["arch"], "--num-classes", record["num_classes"]]
+    for name in ("mean", "std"):
+        if record.get(name) is not None:  # records of before have no such entry
+            words += [f"--{name}", ",".join(map(str, record[name]))]
+    return [*words, "--clean", record["data"]]
 
 
 def command(job: str, *words: object) -> str:
