@@ -1,4 +1,4 @@
-"""Bad input to every command: one sentence on stderr, exit code 2, and nothing written."""
+"""Bad input to every command: one sentence on stderr, exit code 2 or rarely 3, and nothing written."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from cli_cases import Shell
 from debackdoor.attacks import BadNets, save_trigger
 
 
-def refused(shell: Shell, *arguments: object) -> str:
+def refused(shell: Shell, *arguments: object, code: int = 2) -> str:
     """Runs a command that has to fail as bad input does; returns its sentence."""
     before = shell.files()
     ran = shell(*arguments)
-    assert ran.code == 2, ran
+    assert ran.code == code, ran
     assert ran.out == ""
     assert ran.err.startswith("debackdoor: ")
     assert ran.err.count("\n") == 1
@@ -29,9 +29,11 @@ def refused(shell: Shell, *arguments: object) -> str:
     return ran.err
 
 
-def repair(shell: Shell, checkpoint: Path, clean: object = "digits", *more: object, arch: str | None = None) -> str:
+def repair(
+    shell: Shell, checkpoint: Path, clean: object = "digits", *more: object, arch: str | None = None, code: int = 2
+) -> str:
     out = ("--out", shell.folder / "repaired.safetensors", "--json", shell.folder / "repair.json")
-    return refused(shell, "repair", checkpoint, "--arch", arch or shell.arch, "--clean", clean, *out, *more)
+    return refused(shell, "repair", checkpoint, "--arch", arch or shell.arch, "--clean", clean, *out, *more, code=code)
 
 
 class Payload:
@@ -148,12 +150,13 @@ def test_no_clean_images(shell: Shell) -> None:
 
 
 def test_clean_images_of_one_class(shell: Shell) -> None:
-    said = repair(shell, shell.checkpoint(), shell.images([4] * 40))
+    said = repair(shell, shell.checkpoint(), shell.images([4] * 40), code=3)
     assert "expected clean images of at least 2 classes, got only class 4" in said
 
 
 def test_too_few_clean_images(shell: Shell) -> None:
-    assert "expected at least 20 clean images, got 12" in repair(shell, shell.checkpoint(), "digits", "--limit", 12)
+    said = repair(shell, shell.checkpoint(), "digits", "--limit", 12, code=3)
+    assert "expected at least 20 clean images, got 12" in said
 
 
 def test_labels_out_of_range(shell: Shell) -> None:
@@ -178,7 +181,7 @@ def test_a_model_that_always_answers_the_same(shell: Shell) -> None:
 
 
 def test_a_clean_set_on_which_the_model_is_at_chance(shell: Shell) -> None:
-    said = repair(shell, shell.checkpoint())
+    said = repair(shell, shell.checkpoint(), code=3)
     assert "no better than chance" in said
     assert "--mean and --std" in said
 

@@ -294,3 +294,17 @@ def test_bad_input_is_one_sentence(shell: Shell, more: tuple[str, ...], message:
     ran = shell(*detect_of(shell, *more, "--limit", 100))
     assert (ran.code, ran.out, ran.err.count("\n")) == (2, "", 1)
     assert message.replace("suspect images", "images of shape (3, 32, 32)") in ran.err
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"), [(19, "expected at least 20 clean images, got 19"), (100, "no better than chance")]
+)
+def test_where_a_scan_would_be_inconclusive_no_file_is_written(shell: Shell, limit: int, message: str) -> None:
+    """Nothing stands in here: a network with random weights is at chance."""
+    arguments = detect_of(shell, "--json", shell.folder / "a.json", "--clean-out", shell.folder / "out")
+    arguments[7] = "digits"
+    before = shell.files()
+    ran = shell(*arguments, "--limit", limit)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (3, "", 1)
+    assert message in ran.err
+    assert shell.files() == before

@@ -177,6 +177,23 @@ def test_errors_from_within(shell: Shell, stand_in: StandIn, error: BaseExceptio
     assert "Traceback" in shell(*repair_of(shell, "--out", out, "--debug")).err
 
 
+@pytest.mark.parametrize("more", [(), ("--scan-json",)])
+@pytest.mark.parametrize(
+    ("limit", "message"), [(19, "expected at least 20 clean images, got 19"), (100, "no better than chance")]
+)
+def test_where_a_scan_would_be_inconclusive_no_file_is_written(
+    shell: Shell, more: tuple[str, ...], limit: int, message: str
+) -> None:
+    """Nothing stands in here: a network with random weights is at chance."""
+    folder = shell.folder
+    arguments = repair_of(shell, "--out", folder / "out.pt", "--json", folder / "out.json", "--limit", limit)
+    before = shell.files()
+    ran = shell(*arguments, *(item for option in more for item in (option, folder / "scan.json")))
+    assert (ran.code, ran.out, ran.err.count("\n")) == (3, "", 1)
+    assert message in ran.err
+    assert shell.files() == before
+
+
 def test_weights_in_whole_numbers_are_refused(shell: Shell, stand_in: StandIn) -> None:
     weight = load_file(shell.checkpoint())["0.weight"]
     shell.checkpoint(**{"0.weight": (100 * weight).to(torch.int8)})

@@ -24,11 +24,11 @@ class UnsupportedError(ModelError):
 
 
 class ChanceError(ModelError):
-    """A model is no better than chance on the clean images, so that nothing can be told of it."""
+    """A model is no better than chance on the clean images, so that nothing can be told of it: exit code 3."""
 
 
 class TooFewError(DataError):
-    """There are too few clean images, or too few classes among them, to tell anything."""
+    """There are too few clean images, or too few classes among them, to tell anything: exit code 3."""
 
 
 class TriggerError(DebackdoorError, ValueError):

@@ -85,7 +85,8 @@ def detect(
     Nothing is deleted: --clean-out copies what passes.
 
     Exits with 0 if no more images are flagged than may be by chance, with 1 if more are, and with 3 if nothing could be
-    told.
+    told. Too few clean images, a model at chance on them, and a network that cannot be examined end it with 3 and no
+    file.
     """
     if on is On.ORIGINAL and method in OWN:
         own = " and ".join(OWN)

@@ -53,8 +53,8 @@ def repair(
     A few clean images are all it takes.
 
     Exits with 0 if the model was repaired and verified or nothing had to be repaired, with 1 if the backdoor was still
-    there in the end, and with 3 if nothing could be told; the file is written then, too. A network that cannot be
-    examined ends it with 3 and no file.
+    there in the end, and with 3 if nothing could be told; the file is written then, too. Too few clean images, a model
+    at chance on them, and a network that cannot be examined end it with 3 and no file.
     """
     output = Output(quiet, json_to)
     read = paths_among(clean, arch)

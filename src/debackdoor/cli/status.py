@@ -9,7 +9,7 @@ from typing import IO, cast
 
 import typer
 
-from debackdoor.errors import DebackdoorError, UnsupportedError
+from debackdoor.errors import ChanceError, DebackdoorError, TooFewError, UnsupportedError
 from debackdoor.text import visible
 
 OK = 0
@@ -18,6 +18,9 @@ ERROR = 2
 INCONCLUSIVE = 3
 USAGE = 4
 INTERRUPTED = 130
+
+_NOTHING_TOLD = (UnsupportedError, ChanceError, TooFewError)
+"""What a scan is inconclusive for, or would be if it took the network."""
 
 # typer has moved click's UsageError about; its public child's parent is the same class in every version.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__mro__[1])
@@ -39,7 +42,7 @@ def status_of(error: BaseException, debug: bool = False) -> int:
     complain(_sentence(error))
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    return INCONCLUSIVE if isinstance(error, UnsupportedError) else ERROR
+    return INCONCLUSIVE if isinstance(error, _NOTHING_TOLD) else ERROR
 
 
 def complain(text: str) -> None:
