@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,26 @@ def test_every_record_that_cannot_be_written_is_named(shell: Shell, stand_in: St
     assert ran.code == 1
     assert "record.json" in ran.err
     assert "page.html" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "written"), [("report", "repair_record", False), ("cli.repair", "_describe", True)]
+)
+@pytest.mark.parametrize("passed", [True, False])
+def test_whatever_fails_after_the_repair_loses_no_model_and_hides_no_finding(
+    shell: Shell, stand_in: StandIn, passed: bool, place: str, name: str, written: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no more memory")
+
+    stand_in.passed = passed
+    out, record = shell.folder / "out.pt", shell.folder / "record.json"
+    arguments = repair_of(shell, "--out", out, "--json", record)
+    monkeypatch.setattr(importlib.import_module(f"debackdoor.{place}"), name, fail)
+    ran = shell(*arguments)
+    assert (ran.code, out.exists(), record.exists()) == (2 if passed else 1, True, written)
+    assert "no more memory" in ran.err
+    assert ("the finding stands" in ran.err) is not passed
 
 
 def test_html_shows_the_steps_and_takes_no_ones_place(shell: Shell, stand_in: StandIn) -> None:

@@ -96,19 +96,23 @@ def repair(
                 _, result = scan_and_repair(loaded.model, images, budget, **settings, scanned=scan.write)
             except Exception as error:
                 return scan.survive(error, debug)
-    status, record = _status(result), repair_record(head(), result, clean_images=len(images), budget=budget)
 
     def write_model() -> None:
         write_checkpoint(out, state_dict_of(result.model), like=loaded.checkpoint, overwrite=overwrite)
         output.say(f"wrote {out}" + ("" if result.changed else f", a copy with the same tensors as {checkpoint}"))
 
+    def write_records() -> None:
+        record = repair_record(head(), result, clean_images=len(images), budget=budget)
+        records: list[Callable[[], object]] = [lambda: output.write_json(record)]
+        if html is not None:
+            records.append(lambda: _write_page(html, record, result, images, shlex.join(context.obj)))
+        each_of(records)
+
     # Also when the model cannot be written: what was found is worth knowing.
-    steps: list[Callable[[], object]] = [write_model, lambda: output.write_json(record)]
+    steps: list[Callable[[], object]] = [lambda: _describe(output, result, len(images)), write_model, write_records]
     if scan is not None:
         steps.append(scan.check_written)
-    if html is not None:
-        steps.append(lambda: _write_page(html, record, result, images, shlex.join(context.obj)))
-    _describe(output, result, len(images))
+    status = _status(result)
     with finding_stands(status, debug):
         each_of(steps)
     return status
