@@ -99,6 +99,7 @@ def _repair(case: Case, exposure: Exposure, evidence: Evidence, without: str) ->
         RelearnSettings(answers=0.0) if without == "answers" else None,
         seed=method.seed,
         precision=method.precision,
+        pruned=result.model,
     )
     return result if learned.model is None else replace(result, model=learned.model, changed=True)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +14,11 @@ from torch import Tensor, nn
 
 import debackdoor as db
 from cli_cases import Shell
+from debackdoor.case import open_case
 from debackdoor.channels import find_channels
-from debackdoor.defenses.lesson import Batch, RelearnSettings
+from debackdoor.defenses.lesson import Batch, Lesson, RelearnSettings
 from debackdoor.defenses.relearn import relearn
+from debackdoor.defenses.rnp import RNP
 from debackdoor.detectors.trigger import SearchSettings, search_triggers
 from debackdoor.detectors.universal import aims_at
 from debackdoor.errors import DebackdoorError
@@ -165,6 +170,70 @@ def test_a_repair_lets_no_more_images_through_than_it_may() -> None:
     seen.clear()
     assert db.repair(model, images, device="cpu", precision="fp32").changed
     assert max(seen) > 32
+
+
+class Counted(nn.Module):
+    """A network that notes at every call how many of it there are, copies included."""
+
+    def __init__(self, inner: nn.Module, alive: weakref.WeakSet[Counted], most: list[int]) -> None:
+        super().__init__()
+        self.inner, self.alive, self.most = inner, alive, most
+        alive.add(self)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Counted:
+        return Counted(copy.deepcopy(self.inner, memo), self.alive, self.most)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.most.append(len(self.alive))
+        return self.inner(x)
+
+
+def test_a_repair_holds_as_many_networks_as_are_counted_on() -> None:
+    """Those of ``MODELS`` but a checkpoint, gradients, momentum and fused layers; and at the end the pruned student."""
+    most: list[int] = []
+    model = Counted(switched_to(2), weakref.WeakSet(), most).eval()
+    result = db.repair(model, row_images(64), device="cpu", precision="fp32")
+    assert [step.name for step in result.steps][-2:] == ["relearn", "verify"]
+    assert result.plan
+    assert max(most) == MODELS - 4 + 1
+
+
+def test_gradients_and_momentum_make_room_for_the_pruned_student(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, model, held = row_images(48), switched_to(2), list[int]()
+    layers = find_channels(model, images.x[:2])
+    lesson = Lesson(model, model, layers, (), images, (), (), RelearnSettings(steps=2), 0, "fp32")
+
+    def prune(student: nn.Module, *_: object) -> nn.Module:
+        held.append(sum(parameter.grad is not None for parameter in student.parameters()) + len(lesson.optimizer.state))
+        return student
+
+    monkeypatch.setattr("debackdoor.defenses.lesson.prune", prune)
+    history: list[dict[str, Any]] = []
+    lesson.teach(history, None)
+    assert held == [0]
+    assert len(history) == 2
+
+
+def test_a_model_that_forgot_is_gone_when_the_next_one_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Forgot:
+        def __init__(self) -> None:
+            self.history = [{"label_shares": [0.5] * CLASSES}]
+
+    made: list[weakref.ref[Forgot]] = []
+    still: list[bool] = []
+
+    def unlearn_parts(*_: object, **__: object) -> Iterator[Forgot]:
+        for _run in range(3):
+            still.extend(one() is not None for one in made)
+            kept = [Forgot()]
+            made.append(weakref.ref(kept[0]))
+            yield kept.pop()
+
+    monkeypatch.setattr("debackdoor.case.unlearn_parts", unlearn_parts)
+    case = open_case(switched_to(2), row_images(64), RNP(precision="fp32"), "cpu")
+    case.pile_ups(case.suspect)
+    assert still
+    assert not any(still)
 
 
 def test_the_images_are_a_power_of_two_and_follow_the_memory() -> None:

@@ -78,6 +78,22 @@ def test_what_costs_more_than_the_budget_is_tried_in_smaller_steps_and_then_give
     assert [row["lr"] for row in found.history] == [0.02] * 3 + [0.01] * 3 + [0.005] * 3
 
 
+def test_a_pruned_model_that_is_there_already_teaches_and_is_left_alone() -> None:
+    model = quadrants()
+    layers = find_channels(model, FIT.x[:1])
+    pruned = prune(model, layers, PLAN).eval()
+    before = snapshot(pruned)
+    few = RelearnSettings(steps=4)
+    found = relearn(model, layers, PLAN, FIT, HOLDOUT, 1.0, settings=few, precision="fp32", pruned=pruned)
+    assert_as_found(pruned, before)
+    alone = relearned(model, 1.0, few)
+    assert found.history == alone.history
+    assert found.model is not None
+    assert alone.model is not None
+    for name, value in found.model.state_dict().items():
+        assert torch.equal(value, alone.model.state_dict()[name])
+
+
 def test_steps_that_break_the_model_are_taken_back() -> None:
     found = relearned(quadrants(), settings=RelearnSettings(lr=1e30, steps=4, tries=2))
     assert found.model is None

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,8 @@ class Case:
 
         A label of more than its part of the images has more of the answers to begin with: those are not counted.
         """
-        histories = (unlearned.history for unlearned in self.unlearn_parts(model, RUNS))
+        # Unlike a generator expression, map does not hold on to the last model while the next one is made.
+        histories = map(attrgetter("history"), self.unlearn_parts(model, RUNS))
         even = 1 / self.classes
         usual = torch.bincount(self.fit.y, minlength=self.classes).double() / len(self.fit)
         shares = repeated_shares(histories, least=FAINT + even)

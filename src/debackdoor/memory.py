@@ -21,9 +21,15 @@ RUNTIME = 0.6
 """GiB that Python and its libraries take before there is a model."""
 
 MODELS, CLEAN_SETS = 9, 3
-"""Copies of the weights and of the clean images that a repair holds at most: the suspect, exposed, pruned and repaired
-model, two snapshots, gradients, momentum and one with fused layers; all images, the two parts of them, and a few under
-perturbations."""
+"""Copies of the weights and of the clean images that a repair holds at most.
+
+Two are the caller's, a checkpoint's tensors and the network they were loaded into, and two are there until the end: the
+suspect and the exposed model. The other five are relearning's: the pruned model and one of it with fused layers, and
+the student with its gradients and momentum. The last look at pile-ups comes to as many, the repaired model and one that
+forgets with three snapshots, and so does unlearning, where there is no exposed model yet: one that learns with its
+gradients and momentum, and three snapshots. Of images they are all, the two parts of them, and a few under
+perturbations.
+"""
 
 BESIDE = 1.5
 """What a step takes, as a multiple of what it keeps for the way back: the way back needs room of its own."""

@@ -105,6 +105,7 @@ def _relearned(case: Case, result: RepairResult, exposure: Exposure, evidence: E
         evidence.stamps,
         seed=case.method.seed,
         precision=case.method.precision,
+        pruned=result.model,
         progress=case.progress,
     )
     numbers = {"lr": learned.lr, "accuracy": learned.accuracy, "triggers": len(evidence.aims) + len(evidence.stamps)}

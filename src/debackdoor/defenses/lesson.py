@@ -173,6 +173,9 @@ class Lesson:
         history.extend({"lr": s.lr, "step": step, "loss": loss} for step, loss in enumerate(found, start=1))
         for name, parameter in self.teacher.named_parameters():
             self.parameters[name].requires_grad_(parameter.requires_grad)
+        # Gradients and momentum make room for the copy.
+        self.optimizer.zero_grad()
+        self.optimizer.state.clear()
         return in_eval(prune(self.student, self.layers, self.plan))
 
     def _draw(self) -> Batch:

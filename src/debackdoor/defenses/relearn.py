@@ -60,6 +60,7 @@ def relearn(
     *,
     seed: int = 0,
     precision: str = "auto",
+    pruned: nn.Module | None = None,
     progress: Progress | None = None,
 ) -> Relearned:
     """Prunes the plan from a copy of ``model`` and teaches the rest, in steps small enough for the budget.
@@ -76,11 +77,13 @@ def relearn(
         settings: hyper-parameters.
         seed: of order, augmentation and search.
         precision: ``auto``, ``fp32`` or ``bf16``.
+        pruned: ``model`` without the plan, in eval mode, where there is one already, so that memory holds no other; it
+            is not changed.
         progress: called after every few steps.
     """
     s = settings or RelearnSettings()
     right = _right(model, holdout, precision)
-    pruned = in_eval(prune(model, layers, plan))
+    pruned = in_eval(prune(model, layers, plan)) if pruned is None else pruned
     history: list[dict[str, Any]] = []
     for attempt in range(s.tries):
         tried = replace(s, lr=s.lr / 2**attempt)
