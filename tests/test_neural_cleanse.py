@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from scipy.stats import norm
 
@@ -29,8 +31,9 @@ def test_the_index_is_that_of_the_label() -> None:
 
 
 def test_the_published_search() -> None:
-    assert published() == SearchSettings(
-        steps=200, cost=0.001, patience=5, raise_by=2.0, lower_by=pytest.approx(8**0.5), success=0.99
+    assert published().lower_by == pytest.approx(8**0.5)
+    assert replace(published(), lower_by=2.0) == SearchSettings(
+        steps=200, cost=0.001, patience=5, raise_by=2.0, lower_by=2.0, success=0.99
     )
     assert published(7).steps == 7
 

@@ -22,6 +22,7 @@ from debackdoor.defenses import (
     NCUnlearning,
 )
 from debackdoor.defenses.lesson import RelearnSettings
+from debackdoor.detectors.trigger import SearchSettings
 from debackdoor.errors import DebackdoorError, check_between, check_count
 from debackdoor.rnp.recover import RecoverSettings
 from debackdoor.rnp.unlearn import UnlearnSettings
@@ -35,6 +36,7 @@ COUNTS: dict[Callable[..., Any], tuple[str, ...]] = {
     FinePruning: ("epochs", "batch_size"),
     FineTuning: ("epochs", "batch_size"),
     FTSAM: ("epochs", "batch_size"),
+    SearchSettings: ("steps", "patience", "batch_size"),
     IBAU: ("rounds", "batch_size", "search_passes", "fixed_point_steps"),
     MCR: ("epochs", "tuning_epochs"),
     NAD: ("epochs", "teacher_epochs"),
@@ -54,6 +56,7 @@ FRACTIONS: dict[Callable[..., Any], tuple[str, ...]] = {
     NCUnlearning: ("momentum", "weight_decay"),
     RecoverSettings: ("momentum", "shift"),
     RelearnSettings: ("weight_decay", "shift"),
+    SearchSettings: ("success",),
     UnlearnSettings: (
         "momentum", "weight_decay", "shift", "stop_accuracy", "past_peak", "largest_fall"
     ),

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from debackdoor.errors import check_count, check_fraction, check_positive
 from debackdoor.fusing import fused
 from debackdoor.models.forward import logits_of, margins_of, predict, predict_changed
 from debackdoor.runtime import at_most, at_once, autocast, generator, sent, to_report
@@ -39,6 +40,9 @@ class SearchSettings:
         lower_by: what it is divided by while it does not.
         success: the share of a batch that counts as working.
         batch_size: images a step, for each label.
+
+    Raises:
+        DebackdoorError: if a setting is out of range.
     """
 
     steps: int = 100
@@ -49,6 +53,11 @@ class SearchSettings:
     lower_by: float = 1.2
     success: float = 0.9
     batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        check_count(steps=self.steps, patience=self.patience, batch_size=self.batch_size)
+        check_positive(lr=self.lr, cost=self.cost, raise_by=self.raise_by, lower_by=self.lower_by)
+        check_fraction(success=self.success)
 
 
 def search_triggers(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from debackdoor.files import atomic_write_text
 from debackdoor.report import figures, wording
 from debackdoor.report.pictures import Pictures, pattern_in_pictures, samples_in_pictures, trigger_in_pictures
 from debackdoor.report.records import CHANNELS, LOW, REPAIR_SCHEMA, SCAN_SCHEMA, plain
-from debackdoor.report.templates import environment
+from debackdoor.report.templates import template
 
 LISTED = 20
 """As many channels are listed: those with the lowest scores."""
@@ -68,11 +67,11 @@ def _page(
         raise DebackdoorError(f"expected the record of a repair, got schema {repair.get('schema')!r}")
     scan = record if record["schema"] == SCAN_SCHEMA else None
     repair = record if scan is None else repair
-    template = _template()
+    page = _template()
     name = _namer(scan, pictures)
     verdicts = [] if scan is None else [wording.scan_verdict(scan)]
     verdicts += [] if repair is None else [wording.repair_verdict(repair)]
-    return template.render(
+    return page.render(
         head=record,
         scan=scan,
         verdicts=verdicts,
@@ -198,8 +197,9 @@ def check_libraries() -> None:
 
 
 def _template() -> Any:
-    pages = environment()
-    pages.filters["percent"] = wording.percent
-    pages.filters["number"] = lambda value: "not known" if value is None else f"{value:.4g}"
-    pages.filters["words"] = lambda value: str(value).replace("_", " ")
-    return pages.from_string((files("debackdoor.report") / "page.html.jinja").read_text(encoding="utf-8"))
+    filters = {
+        "percent": wording.percent,
+        "number": lambda value: "not known" if value is None else f"{value:.4g}",
+        "words": lambda value: str(value).replace("_", " "),
+    }
+    return template("debackdoor.report", "page.html.jinja", filters)
