@@ -7,7 +7,7 @@
     python benchmarks/speed.py draw benchmarks/results/speed --out docs/figures
 
 A whole repair is timed with its verification; the published procedure with its evaluations of the test set, which are
-run on one image in fifty and counted fifty times, and without those after every pass. Nothing else should run
+run on one image in ten and counted ten times, and without those after every pass. Nothing else should run
 meanwhile. Networks are trained once and kept in the folder of ``--models``.
 """
 

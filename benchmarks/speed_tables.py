@@ -33,6 +33,7 @@ _LOOPS = _header(
 _WHOLE = _header(
     "network", "pairs", "repair, s", "published, s", "ratio", "without tests after passes", "ratio", "peak memory, MiB",
     "published", "scan, s", "both, s", "ASR before", "after", "one test, s", "scaled from a part",
+    "of one image in",
 )  # fmt: skip
 _LARGE = _header("network", "parameters", "clean images", "limit, GiB", "peak, MiB", "s")
 
@@ -84,7 +85,7 @@ def _whole_row(record: Record) -> str:
     cells += [f"{_median([rate['attack_success_rate'] for rate in kind]):.1%}" for kind in rates]
     test = record.get("test")
     cells += [f"{test[name]:.1f}" for name in ("seconds", "scaled_seconds")] if test else ["-", "-"]
-    return _row(cells)
+    return _row([*cells, ", ".join(sorted({str(found["one_in"]) for found in theirs}))])
 
 
 def _large_row(record: Record) -> str:
