@@ -222,7 +222,7 @@ VERDICTS = ("clean", "suspicious", "backdoored", "inconclusive")
 """What a scan can end with."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ScanReport:
     """What a scan finds.
 
