@@ -17,11 +17,10 @@ The test set, clean and triggered, is evaluated after every pass too, as the ori
 ``--no-test-evaluation`` leaves that out (it decides nothing). Everything runs in float32 on contiguous tensors.
 
 Two differences, on purpose: the fault that keeps the original from being imported is not re-created, and its loaders
-leave images of the target class out of clean accuracy, while here all test images count.
+leave images of the target class out of clean accuracy, while here all test images count. ``masks.txt`` and
+``record.json`` (schema ``debackdoor/reproduce/1``) go to the folder of ``--out``.
 
     python reproduce/official_rnp.py CKPT --arch resnet18 --data cifar10 --trigger DIR --out DIR
-
-DIR receives ``masks.txt`` and ``record.json`` (schema ``debackdoor/reproduce/1``).
 """
 
 from __future__ import annotations

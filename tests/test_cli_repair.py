@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import debackdoor
 import report_cases
-from cli_cases import Shell
+from cli_cases import Shell, full_disk
 from cli_repair_cases import StandIn, repair_of, stand_in
 from debackdoor.files import sha256_of
 from debackdoor.report.records import SCAN_SCHEMA
@@ -49,13 +49,9 @@ def test_the_scans_record_comes_from_the_same_look(
     assert "unexpected RuntimeError: out of memory" in ran.err
     assert ran.err.endswith("debackdoor: the finding stands\n")
     stand_in.error = None
-    monkeypatch.setattr(importlib.import_module("debackdoor.cli.output"), "atomic_write_text", _full)
+    monkeypatch.setattr(importlib.import_module("debackdoor.cli.output"), "atomic_write_text", full_disk)
     ran = shell(*repair_of(shell, "--out", out, "--overwrite", "--scan-json", scanned))
     assert (ran.code, "scan.json was not written: No space left on device" in ran.err) == (2, True)
-
-
-def _full(*_: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_repair_writes_the_model_and_its_record(shell: Shell, stand_in: StandIn) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from cli_cases import Shell
+from cli_cases import Shell, full_disk
 from cli_repair_cases import StandIn, repair_of, stand_in
 from debackdoor.types import RepairResult
 
@@ -115,10 +114,7 @@ def test_overwrite(shell: Shell, stand_in: StandIn, outputs: Callable[[Shell], l
 
 
 def test_a_full_disk_is_one_sentence(shell: Shell, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "replace", full_disk)
     out = shell.folder / "out.safetensors"
     ran = shell(*repair_of(shell, "--out", out, "--quiet"))
     assert (ran.code, ran.err.count("\n")) == (2, 1)

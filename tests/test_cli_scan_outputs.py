@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import json
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import report_cases
-from cli_cases import Shell
+from cli_cases import Shell, full_disk
 from cli_scan_cases import StandIn, scan_of, stand_in, valid
 
 __all__ = ["stand_in"]
@@ -43,12 +42,9 @@ FORMS = ("--json", "--html", "--sarif")
 def test_no_finding_is_hidden_by_a_full_disk(
     shell: Shell, stand_in: StandIn, form: str, verdict: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     stand_in.report = report_cases.report(verdict)
     arguments = scan_of(shell, form, shell.folder / "out", "--quiet")
-    monkeypatch.setattr(os, "replace", fail)
+    monkeypatch.setattr(os, "replace", full_disk)
     ran = shell(*arguments)
     finding = verdict in ("backdoored", "suspicious")
     assert (ran.code, ran.out) == (1 if finding else 2, "")
@@ -116,10 +112,7 @@ def test_words_that_cannot_be_written_hide_no_finding(shell: Shell) -> None:
 def test_a_form_that_cannot_be_written_takes_no_other_along(
     shell: Shell, stand_in: StandIn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(importlib.import_module("debackdoor.cli.scan"), "write_text", fail)
+    monkeypatch.setattr(importlib.import_module("debackdoor.cli.scan"), "write_text", full_disk)
     ran = shell(*scan_of(shell, "--sarif", shell.folder / "a.sarif", "--html", shell.folder / "a.html"))
     assert (ran.code, (shell.folder / "a.html").exists()) == (2, True)
 
