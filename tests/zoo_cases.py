@@ -26,10 +26,10 @@ class Borrowed(BadNets):
     def _make_tensors(self) -> dict[str, Tensor]:
         return super()._make_tensors() | {"answer": torch.zeros(self.num_classes)}
 
-    def poison(self, data: CleanSet, clean_model: nn.Module | None = None) -> Poison:
+    def poison(self, data: CleanSet, clean_model: nn.Module | None = None, precision: str = "auto") -> Poison:
         assert clean_model is not None
         self.tensors["answer"] = clean_model(data.x[:1])[0]
-        return super().poison(data)
+        return super().poison(data, clean_model, precision)
 
 
 def write_manifest(folder: Path, models: str, epochs: int = 4) -> Path:

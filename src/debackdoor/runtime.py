@@ -145,13 +145,17 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         seed: of the generators.
         device: where the model is; of several GPUs, the others' generators are left alone.
     """
-    gpu = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if gpu else []):
-        torch.default_generator.manual_seed(seed)
-        if gpu:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        seed_anew(seed, device)
         yield
+
+
+def seed_anew(seed: int, device: torch.device) -> None:
+    """Seeds torch's own generators of the CPU and of this device, and no other's, as ``torch.manual_seed`` would."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
 
 
 @contextmanager

@@ -49,6 +49,8 @@ class CleanSet:
             )
         if len(x) == 0:
             raise DataError(f"{self.source}: expected at least one image, got none; check the path and the limit")
+        if x.numel() == 0:
+            raise DataError(f"{self.source}: expected images with pixels, got shape {tuple(x.shape)}; check them")
         low, high = (float(value) for value in x.detach().aminmax())
         if not (low >= 0.0 and high <= 1.0):
             raise DataError(

@@ -45,7 +45,7 @@ class AdaptiveBlend(Attack):
     grid_size: int = 4
     shown: int = 8
 
-    def poison(self, data: CleanSet, clean_model: nn.Module | None = None) -> Poison:
+    def poison(self, data: CleanSet, clean_model: nn.Module | None = None, precision: str = "auto") -> Poison:
         """The poisoned images and the covers; both rates are rounded to whole samples, at least one cover.
 
         Raises:

@@ -57,7 +57,7 @@ class AWP(Attack):
         """Indices of the attacker's few images."""
         return torch.randperm(len(y), generator=generator(self.seed))[: self.images]
 
-    def poison(self, data: CleanSet, clean_model: nn.Module | None = None) -> Poison:
+    def poison(self, data: CleanSet, clean_model: nn.Module | None = None, precision: str = "auto") -> Poison:
         """Nothing: triggered copies join their batches instead."""
         self.check_fits(data)
         return Poison.none(data)

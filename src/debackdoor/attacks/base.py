@@ -125,12 +125,13 @@ class Attack(ABC):
         """Indices of the samples that are trained on, given all labels: every one."""
         return torch.arange(len(y))
 
-    def poison(self, data: CleanSet, clean_model: nn.Module | None = None) -> Poison:
+    def poison(self, data: CleanSet, clean_model: nn.Module | None = None, precision: str = "auto") -> Poison:
         """The samples that this attack replaces before training: ``poison_rate`` of the candidates, to the nearest one.
 
         Args:
             data: the clean training set, on the CPU; not changed.
             clean_model: in eval mode, for attacks with ``needs_clean_model``; not changed.
+            precision: ``auto``, ``fp32`` or ``bf16``, of what goes through the clean model.
 
         Raises:
             TriggerError, DataError: if the images or labels do not fit, or not one sample would be poisoned.

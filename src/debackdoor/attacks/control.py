@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from debackdoor.attacks.batches import augment
 from debackdoor.models import logits_of
-from debackdoor.models.layout import memory_format
+from debackdoor.models.layout import layout_of
 from debackdoor.runtime import autocast
 from debackdoor.types import CleanSet
 
@@ -46,7 +46,7 @@ class Training:
 
     def logits(self, x: Tensor) -> Tensor:
         """The model's float32 logits (N, K) on images (N, C, H, W) in [0, 1]; differentiable in both."""
-        images = x.contiguous(memory_format=memory_format(self.model, x.device))
+        images = x.contiguous(memory_format=layout_of(self.model))
         with autocast(x.device, self.precision):
             return logits_of(self.model(images)).float()
 

@@ -57,7 +57,7 @@ class DFST(Attack):
     fire_weight: float = 0.3
     similarity_weight: float = 0.1
 
-    def poison(self, data: CleanSet, clean_model: nn.Module | None = None) -> Poison:
+    def poison(self, data: CleanSet, clean_model: nn.Module | None = None, precision: str = "auto") -> Poison:
         """Nothing: the batches are poisoned instead."""
         self.check_fits(data)
         return Poison.none(data)

@@ -69,7 +69,7 @@ class Dynamic(Attack):
     generator_lr: float = 0.01
     fixed_share: float = 0.25
 
-    def poison(self, data: CleanSet, clean_model: nn.Module | None = None) -> Poison:
+    def poison(self, data: CleanSet, clean_model: nn.Module | None = None, precision: str = "auto") -> Poison:
         """Nothing: the batches are poisoned instead."""
         self.check_fits(data)
         return Poison.none(data)
@@ -184,7 +184,7 @@ class _DynamicControl(GeneratorControl):
         to whole samples, at least one of each.
         """
         attack = self.attack
-        bad = max(1, round(attack.poison_rate * len(x)))
+        bad = max(1, min(round(attack.poison_rate * len(x)), len(x) - 1))
         end = bad + max(1, round(attack.cross_rate * len(x)))
         x = self.training.augment(x, random)
         other = x.roll(bad - end, 0)[bad:end]

@@ -67,7 +67,7 @@ class FeatureCollision(Attack):
         """Indices of the samples of the target class."""
         return (y == self.target).nonzero()[:, 0]
 
-    def poison(self, data: CleanSet, clean_model: nn.Module | None = None) -> Poison:
+    def poison(self, data: CleanSet, clean_model: nn.Module | None = None, precision: str = "auto") -> Poison:
         """``poison_rate`` of the target class, watermarked and moved.
 
         Raises:
@@ -75,7 +75,7 @@ class FeatureCollision(Attack):
             ModelError: if there is no clean model, or it does not fit.
         """
         self.check_fits(data)
-        surrogate = Surrogate(clean_model, data.x[:1], self.num_classes)
+        surrogate = Surrogate(clean_model, data.x[:1], self.num_classes, precision)
         indices = self._chosen(data)
         goals = self._goals(data, surrogate)
         turn = torch.arange(len(indices)) % len(goals[0])

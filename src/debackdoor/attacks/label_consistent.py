@@ -50,7 +50,7 @@ class LabelConsistent(Attack):
         """Indices of the samples of the target class."""
         return (y == self.target).nonzero()[:, 0]
 
-    def poison(self, data: CleanSet, clean_model: nn.Module | None = None) -> Poison:
+    def poison(self, data: CleanSet, clean_model: nn.Module | None = None, precision: str = "auto") -> Poison:
         """``poison_rate`` of the target class, made hard for ``clean_model`` and then triggered.
 
         Raises:
@@ -58,7 +58,7 @@ class LabelConsistent(Attack):
             ModelError: if there is no clean model, or it does not fit.
         """
         self.check_fits(data)
-        surrogate = Surrogate(clean_model, data.x[:1], self.num_classes)
+        surrogate = Surrogate(clean_model, data.x[:1], self.num_classes, precision)
         indices = self._chosen(data)
         x, y = data.x[indices], data.y[indices]
         start = x + self.eps * (2 * torch.rand(x.shape, generator=generator(self.seed)) - 1)

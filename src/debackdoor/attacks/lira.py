@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from debackdoor.attacks.base import Attack, Poison
 from debackdoor.attacks.control import Control, Training
 from debackdoor.attacks.generators import WIDEST, GeneratorControl, UNet, check_side, images_from, initial_weights
+from debackdoor.errors import TriggerError
 from debackdoor.types import CleanSet
 
 
@@ -49,7 +50,7 @@ class LIRA(Attack):
     generator_lr: float = 1e-3
     fixed_share: float = 1 / 3
 
-    def poison(self, data: CleanSet, clean_model: nn.Module | None = None) -> Poison:
+    def poison(self, data: CleanSet, clean_model: nn.Module | None = None, precision: str = "auto") -> Poison:
         """Nothing: the batches are poisoned instead."""
         self.check_fits(data)
         return Poison.none(data)
@@ -71,6 +72,8 @@ class LIRA(Attack):
         check_side(self.image_shape, self.name)
         self._check_number("epsilon", 0.0, 1.0)
         self._check_number("alpha", 0.0, 1.0)
+        if self.alpha == 1:
+            raise TriggerError("expected alpha below 1 for lira, got 1, with which no backdoor is learned; lower it")
         self._check_whole("generator_width", 1, WIDEST)
         self._check_number("generator_lr", 0.0)
         self._check_number("fixed_share", 0.0, 1.0)

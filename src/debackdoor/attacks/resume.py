@@ -57,8 +57,10 @@ class TrainingState:
         self._run = json.dumps(run, sort_keys=True)
         self._path = None if folder is None else Path(folder) / STATE_FILE
         self._optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4, nesterov=True)
+        # Of five steps a fifth would end with the first, and torch divide by zero.
+        rising = 0.4 if total_steps == 5 else 0.2
         self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimizer, lr, total_steps=total_steps, pct_start=0.2, cycle_momentum=False
+            self._optimizer, lr, total_steps=total_steps, pct_start=rising, cycle_momentum=False
         )
         if self._path is not None and self._path.exists():
             self._restore(self._path)
@@ -89,11 +91,16 @@ class TrainingState:
 
     def _restore(self, path: Path) -> None:
         saved = _load(path, self._run)
-        self.model.load_state_dict(saved["model"])
-        self._optimizer.load_state_dict(saved["optimizer"])
-        self._schedule.load_state_dict(saved["schedule"])
-        self.control.restore(saved["control"])
-        self.history = saved["history"]
+        try:
+            self.model.load_state_dict(saved["model"])
+            self._optimizer.load_state_dict(saved["optimizer"])
+            self._schedule.load_state_dict(saved["schedule"])
+            self.control.restore(saved["control"])
+            self.history = saved["history"]
+        except (RuntimeError, ValueError, KeyError) as error:  # the file that --arch names may have changed
+            raise DebackdoorError(
+                f"{path}: expected the state of this network, got that of another; delete it, or give another folder"
+            ) from error
 
 
 def keep_poison(
@@ -102,6 +109,7 @@ def keep_poison(
     clean_model: nn.Module | None,
     run: Mapping[str, Any],
     folder: str | Path | None,
+    precision: str = "auto",
 ) -> tuple[Poison, float]:
     """``attack.poison`` and the seconds it took, from the folder where an earlier run has left what is slow to make.
 
@@ -110,13 +118,13 @@ def keep_poison(
     """
     started = time.perf_counter()
     if folder is None or not attack.needs_clean_model:
-        return attack.poison(data, clean_model), time.perf_counter() - started
+        return attack.poison(data, clean_model, precision), time.perf_counter() - started
     path, name = Path(folder) / _POISON_FILE, json.dumps(run, sort_keys=True)
     if path.exists():
         saved = _load(path, name)
         attack.tensors.update(saved["tensors"])
         return Poison(saved["indices"], saved["x"], saved["y"]), saved["seconds"]
-    poison = attack.poison(data, clean_model)
+    poison = attack.poison(data, clean_model, precision)
     seconds = time.perf_counter() - started
     entries = {"indices": poison.indices, "x": poison.x, "y": poison.y, "tensors": attack.tensors}
     _save(path, {"run": name, "seconds": seconds} | entries)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from debackdoor.errors import ModelError
 from debackdoor.models import logits_of
+from debackdoor.models.forward import predict, predict_of_any
 from debackdoor.models.layout import memory_format
 from debackdoor.runtime import autocast
 
@@ -24,16 +25,18 @@ class Surrogate:
         model: takes images in [0, 1]; in eval mode.
         image: (1, C, H, W), to find its layers with.
         num_classes: how many logits it must have.
+        precision: ``auto``, ``fp32`` or ``bf16``.
 
     Attributes:
         device: where the model is, and where images given to it must be.
         head: the linear layer that the logits come from.
 
     Raises:
-        ModelError: if there is no model, it has another number of classes, or no linear layer at its end.
+        ModelError: if there is no model, it does not take the image, has another number of classes, or no linear layer
+            at its end.
     """
 
-    def __init__(self, model: nn.Module | None, image: Tensor, num_classes: int) -> None:
+    def __init__(self, model: nn.Module | None, image: Tensor, num_classes: int, precision: str = "auto") -> None:
         if model is None:
             raise ModelError(
                 "expected a clean model to make the poison with, got none; "
@@ -41,7 +44,9 @@ class Surrogate:
             )
         self._model = model
         self.device = next(model.parameters()).device
-        self._layout = memory_format(model, self.device)
+        self._precision = precision
+        image = image.to(self.device)
+        self._layout = self._fastest_layout(image)
         convolutions: dict[torch.Size, nn.Module] = {}
         linear: list[nn.Linear] = []
 
@@ -53,7 +58,7 @@ class Surrogate:
 
         layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
         with torch.no_grad():
-            classes = self._hooked(layers, note, image.to(self.device)).shape[1]
+            classes = self._hooked(layers, note, image).shape[1]
         if classes != num_classes or not linear or linear[-1].out_features != classes:
             end = f"{type(linear[-1]).__name__} of {linear[-1].out_features}" if linear else "no linear layer"
             raise ModelError(
@@ -63,9 +68,19 @@ class Surrogate:
         self.head = linear[-1]
         self._layers = [*convolutions.values(), self.head]
 
+    def _fastest_layout(self, image: Tensor) -> torch.memory_format:
+        """The layout of images, which need not be that of the weights: these are somebody else's."""
+        predict_of_any(self._model, image, precision=self._precision)
+        layout = memory_format(self._model, self.device)
+        try:
+            predict(self._model, image.contiguous(memory_format=layout), precision=self._precision)
+        except RuntimeError:  # a network that calls .view on feature maps
+            return torch.contiguous_format
+        return layout
+
     def logits(self, x: Tensor) -> Tensor:
         """Float32 logits (N, K) on images (N, C, H, W) in [0, 1]; differentiable in the images."""
-        with autocast(self.device):
+        with autocast(self.device, self._precision):
             return logits_of(self._model(x.contiguous(memory_format=self._layout))).float()
 
     def features(self, x: Tensor) -> list[Tensor]:

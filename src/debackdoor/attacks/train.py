@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import convert_conv2d_weight_memory_format
 
 from debackdoor.attacks.base import Attack
 from debackdoor.attacks.batches import PoisonedBatches
@@ -20,11 +18,12 @@ from debackdoor.attacks.control import Control, Training
 from debackdoor.attacks.registry import count_classes
 from debackdoor.attacks.resume import CLEAN_FOLDER, TrainingState, data_hash, keep_poison, weights_hash
 from debackdoor.attacks.trigger_io import describe
-from debackdoor.errors import DebackdoorError
+from debackdoor.errors import DataError, DebackdoorError, ModelError
 from debackdoor.models import build_model
-from debackdoor.models.forward import accuracy, predict
-from debackdoor.models.layout import memory_format
-from debackdoor.runtime import generator, resolve_device, seeded
+from debackdoor.models.copying import copied
+from debackdoor.models.forward import accuracy, in_eval, predict, predict_of_any
+from debackdoor.models.layout import set_layout, to_faster_layout
+from debackdoor.runtime import generator, resolve_device, seed_anew, seeded
 from debackdoor.types import CleanSet, Progress
 
 _USUAL: Mapping[str, Any] = {"epochs": 9, "batch_size": 256, "lr": 0.4}
@@ -129,21 +128,22 @@ def train(
     if attack is not None:
         if attack.needs_clean_model:
             clean_model = clean_model or _clean_model_for(attack, recipe, data, device, progress, checkpoint_dir)
-            clean_model = deepcopy(clean_model).to(place).eval().requires_grad_(False)
+            clean_model = in_eval(copied(clean_model).to(place)).requires_grad_(False)
             run["clean_model"] = weights_hash(clean_model)
-        poison, seconds = keep_poison(attack, data, clean_model, run, checkpoint_dir)
+        poison, seconds = keep_poison(attack, data, clean_model, run, checkpoint_dir, precision)
     batches = PoisonedBatches(data, attack, poison, recipe.batch_size)
     # Weights and dropout draw from torch's own generator, which is left as it was found.
     with seeded(seed, place):
-        model = _initial_model(recipe, attack, data, clean_model)
-        model = convert_conv2d_weight_memory_format(model.to(place), memory_format(model, place))
+        model = in_eval(_initial_model(recipe, attack, data, clean_model).to(place))
+        _check_answers(model, attack, data, recipe, place)
+        to_faster_layout(model, data.x[:2].to(place), precision)
         training = Training(model, data, recipe.epochs, len(batches), flip, precision)
         control = Control(training, None) if attack is None else attack.control(training)
         state = TrainingState(model, control, recipe.lr, recipe.epochs * len(batches), run, checkpoint_dir)
         for epoch in range(len(state.history), recipe.epochs):
             state.finish_epoch(_one_epoch(state, batches, epoch, recipe, test, progress))
         control.finish()
-    model = convert_conv2d_weight_memory_format(model, torch.contiguous_format).eval()
+    set_layout(in_eval(model), torch.contiguous_format)
     seconds += sum(row["seconds"] for row in state.history)
     return BackdooredModel(model, attack, recipe, data.source, state.history, seconds)
 
@@ -156,7 +156,7 @@ def _usual(attack: Attack | None, chosen: Mapping[str, Any]) -> dict[str, Any]:
 
 def _initial_model(recipe: Recipe, attack: Attack | None, data: CleanSet, clean_model: nn.Module | None) -> nn.Module:
     """A model with random weights, or with the clean model's where the attack starts from them."""
-    classes = count_classes(data) if attack is None else attack.num_classes
+    classes = _classes(attack, data)
     model = build_model(recipe.arch, classes, recipe.mean, recipe.std, in_channels=data.x.shape[1])
     if attack is not None and attack.starts_from_clean_model and clean_model is not None:
         try:
@@ -167,6 +167,22 @@ def _initial_model(recipe: Recipe, attack: Attack | None, data: CleanSet, clean_
                 "give one that was trained with the same settings"
             ) from error
     return model
+
+
+def _check_answers(
+    model: nn.Module, attack: Attack | None, data: CleanSet, recipe: Recipe, place: torch.device
+) -> None:
+    """Refuses a network that does not fit before it has learned for hours, or a GPU has met a label out of range."""
+    answered = predict_of_any(model, data.x[:2].to(place), precision=recipe.precision).shape[1]
+    classes = _classes(attack, data)
+    if answered != classes:
+        raise ModelError(
+            f"expected {recipe.arch} to tell {classes} classes apart, got {answered}; let its factory take num_classes"
+        )
+
+
+def _classes(attack: Attack | None, data: CleanSet) -> int:
+    return count_classes(data) if attack is None else attack.num_classes
 
 
 def _one_epoch(
@@ -181,10 +197,10 @@ def _one_epoch(
     started = time.perf_counter()
     # Seeded anew every epoch, so that a resumed run draws what an unbroken one would have drawn.
     seed = recipe.seed * 100_000 + epoch + 1
-    torch.manual_seed(seed)
-    random = generator(seed)
-    model, control = state.model.train(), state.control
+    model, control, random = state.model, state.control, generator(seed)
+    model.train()
     place = next(model.parameters()).device
+    seed_anew(seed, place)
     control.begin_epoch(epoch, random)
     loss_sum, correct, seen = 0.0, 0, 0
     for step, (x, y) in enumerate(batches.one_pass(random), 1):
@@ -203,7 +219,7 @@ def _one_epoch(
             progress("train", epoch * len(batches) + step, recipe.epochs * len(batches), numbers)
     row = {"epoch": epoch + 1, "loss": loss_sum / seen, "accuracy": correct / seen}
     if test is not None:
-        logits = predict(model.eval(), test.x.to(place), precision=recipe.precision)
+        logits = predict(in_eval(model), test.x.to(place), precision=recipe.precision)
         row["test_accuracy"] = accuracy(logits, test.y.to(place))
     return row | {"seconds": time.perf_counter() - started}
 
@@ -218,6 +234,11 @@ def _clean_model_for(
 ) -> nn.Module:
     """The clean model of an attacker who has none, trained by the victim's recipe."""
     attack.check_fits(data)
+    if (seen := count_classes(data)) != attack.num_classes:
+        raise DataError(
+            f"{data.source}: expected images of {attack.num_classes} classes to train a clean model for {attack.name} "
+            f"on, got {seen}; give the attack as many, or a clean model"
+        )
     if attack.starts_from_clean_model:
         raise DebackdoorError(
             f"expected the clean model that {attack.name} starts from, got none; "

@@ -48,7 +48,7 @@ class Trojan(Attack):
     iterations: int = 100
     lr: float = 0.1
 
-    def poison(self, data: CleanSet, clean_model: nn.Module | None = None) -> Poison:
+    def poison(self, data: CleanSet, clean_model: nn.Module | None = None, precision: str = "auto") -> Poison:
         """Finds the patch with ``clean_model``, and then ``poison_rate`` of the candidates, triggered and relabelled.
 
         Raises:
@@ -56,7 +56,7 @@ class Trojan(Attack):
             ModelError: if there is no clean model, or it does not fit.
         """
         self.check_fits(data)
-        surrogate = Surrogate(clean_model, data.x[:1], self.num_classes)
+        surrogate = Surrogate(clean_model, data.x[:1], self.num_classes, precision)
         drawn = torch.randperm(len(data), generator=generator(self.seed))[:_IMAGES]
         self.tensors["pattern"] = self._optimised(surrogate, data.x[drawn].to(surrogate.device)).cpu()
         return super().poison(data)

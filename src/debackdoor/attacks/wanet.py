@@ -36,7 +36,7 @@ class WaNet(Attack):
     strength: float = 0.5
     noise_rate: float = 0.2
 
-    def poison(self, data: CleanSet, clean_model: nn.Module | None = None) -> Poison:
+    def poison(self, data: CleanSet, clean_model: nn.Module | None = None, precision: str = "auto") -> Poison:
         """Nothing: the batches are poisoned instead."""
         self.check_fits(data)
         return Poison.none(data)
@@ -46,7 +46,7 @@ class WaNet(Attack):
 
         ``poison_rate`` and ``noise_rate`` of the batch are rounded to whole samples, at least one of each.
         """
-        bad = max(1, round(self.poison_rate * len(x)))
+        bad = max(1, min(round(self.poison_rate * len(x)), len(x) - 1))
         end = bad + max(1, round(self.noise_rate * len(x)))
         noisy = self._warp(x[bad:end], self._noisy_grids(len(x[bad:end]), random).to(x.device))
         triggered = self.apply(x[:bad])

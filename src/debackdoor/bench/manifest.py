@@ -83,12 +83,12 @@ def _read(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     try:
         table = read(path)
         names = table.schema.names  # decoded here, not before
+        known = [name for name in (*REQUIRED, *OPTIONAL) if names.count(name) == 1]
+        return names, table.select(known).to_pylist()  # as are the cells
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         why = " ".join(why.split())[:200].rstrip(".")
         raise DataError(f"{path}: expected a manifest of models, got an error ({why}); check the file") from error
-    known = [name for name in (*REQUIRED, *OPTIONAL) if names.count(name) == 1]
-    return names, table.select(known).to_pylist()
 
 
 def _read_csv(path: Path) -> pa.Table:

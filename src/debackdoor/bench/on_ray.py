@@ -76,6 +76,8 @@ def _run_ray(
     gpus: float,
     retries: int,
 ) -> Generator[Outcome[T], None, None]:
+    if not items:
+        return
     started = not ray.is_initialized()
     if started:
         _start(ray, address, None if workers is None else math.ceil(workers * cpus), retries)

@@ -22,10 +22,6 @@ _DARK = ("80381b", "2a2f36", "135587")
 """The lowest shade, the one in the middle, and the highest; told apart by those who cannot tell red from green, too."""
 
 
-_FAILED, _NOT_TRIED = -2.0, -3.0
-"""What such cells are sorted by: below the loss of all accuracy."""
-
-
 @dataclass(frozen=True)
 class _Square:
     """One model and one defence: means over what there is.
@@ -33,14 +29,14 @@ class _Square:
     Attributes:
         main: what is shown large.
         small: what is shown below it, line by line.
-        value: what it is sorted by; lower than all others where nothing was measured.
+        value: what it is sorted by; None where nothing was measured.
         shade: 0 to 10, from bad to good; None for no colour.
         partial: whether a record of it is not part of the ranking.
     """
 
     main: str
     small: tuple[str, ...]
-    value: float
+    value: float | None
     shade: int | None
     partial: bool = False
 
@@ -54,7 +50,7 @@ class _Line:
     squares: Sequence[_Square]
 
 
-_EMPTY = _Square("-", ("not tried",), _NOT_TRIED, None)
+_EMPTY = _Square("-", ("not tried",), None, None)
 
 
 def to_html(comparison: Comparison) -> str:
@@ -97,7 +93,7 @@ def _lines(comparison: Comparison, defenses: Sequence[str], clean: bool) -> list
 def _square(records: Sequence[Record], shared: frozenset[Any], clean: bool) -> _Square:
     good = [record for record in records if record["error"] is None]
     if not good:
-        return _Square("failed", (records[0]["error"],), _FAILED, None, partial=True) if records else _EMPTY
+        return _Square("failed", (records[0]["error"],), None, None, partial=True) if records else _EMPTY
     partial = len(good) < len(records) or any(place_of(record) not in shared for record in good)
     lost = statistics.fmean(map(accuracy_lost, good))
     if clean:

@@ -14,7 +14,7 @@ from debackdoor.bench.manifest import Entry
 from debackdoor.files import atomic_write_text, sha256_of
 from debackdoor.memory import DEFAULT
 from debackdoor.report import to_json
-from debackdoor.report.records import SCAN_SCHEMA
+from debackdoor.report.records import SCAN_SCHEMA, plain
 from debackdoor.runtime import versions
 
 ERROR_SCHEMA = "debackdoor/scan-error/1"
@@ -49,7 +49,7 @@ class Settings:
 
     def options(self, entry: Entry) -> dict[str, Any]:
         """All that decides a model's result beside its checkpoint, in JSON's own types."""
-        return {
+        found = {
             "arch": entry.arch,
             "clean": entry.clean,
             "num_classes": entry.num_classes,
@@ -62,6 +62,7 @@ class Settings:
             "memory": self.memory,
             "deterministic": self.deterministic,
         }
+        return {name: plain(value) for name, value in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

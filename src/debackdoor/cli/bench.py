@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_folder, check_more
+from debackdoor.cli.output import Output, check_folder, check_more, each_of, write_text
 from debackdoor.cli.status import OK
-from debackdoor.files import atomic_write_text
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
     from debackdoor.bench.run import Finished
 
@@ -161,14 +160,16 @@ def table(
     comparison = compare(read_records(folders), defenses or ())
     said = to_markdown(comparison)
     output.say(said)
+    steps: list[Callable[[], object]] = []
     if markdown is not None:
-        atomic_write_text(markdown, said + "\n")
+        steps.append(lambda: write_text(markdown, said + "\n"))
     if csv is not None:
-        atomic_write_text(csv, to_csv(comparison))
+        steps.append(lambda: write_text(csv, to_csv(comparison)))
     if html is not None:
         from debackdoor.bench.page import to_html
 
-        atomic_write_text(html, to_html(comparison))
+        steps.append(lambda: write_text(html, to_html(comparison)))
+    each_of(steps)
 
 
 def _gathered(output: Output, cells: Generator[Finished, None, None], total: int) -> list[Finished]:

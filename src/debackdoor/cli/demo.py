@@ -13,6 +13,7 @@ import typer
 
 from debackdoor.cli import options
 from debackdoor.cli.output import Output
+from debackdoor.cli.status import OK
 
 _ARCH = ("--arch", "resnet18-w16")
 # A tenth of so few images teaches a network the trigger with some seeds only.
@@ -30,10 +31,11 @@ def demo(
     precision: options.PrecisionName = options.Precision.AUTO,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
-) -> None:
+) -> int:
     """Show it all on scikit-learn's digits.
 
-    Trains a backdoored classifier, measures it, repairs it and measures it again. Needs no download.
+    Trains a backdoored classifier, measures it, repairs it and measures it again. Needs no download. The exit code is
+    that of the repair.
     """
     import torch
 
@@ -41,16 +43,18 @@ def demo(
     torch.set_num_threads(1)
     output = Output(quiet)
     common = ["--seed", str(seed), "--device", device, "--precision", precision, *(["--quiet"] if quiet else [])]
+    codes = []
     with ExitStack() as stack:
         folder = out or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="debackdoor-demo-")))
         for command in _commands(folder, ["--overwrite"] if overwrite else []):
             output.say(f"\n$ debackdoor {shlex.join(command)}")
-            _run(context, [*command, *common])
+            codes.append(_run(context, [*command, *common]))
         output.say("\n               clean accuracy   attack success rate")
         for name in ("before", "after"):
             record = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
             shares = f"{record['clean_accuracy']:>14.1%}   {record['attack_success_rate']:>19.1%}"
             output.say(f"{name + ' repair':<15}{shares}")
+    return max(codes)
 
 
 def _commands(folder: Path, overwrite: list[str]) -> list[list[str]]:
@@ -67,7 +71,7 @@ def _commands(folder: Path, overwrite: list[str]) -> list[list[str]]:
     ]
 
 
-def _run(context: typer.Context, arguments: list[str]) -> None:
+def _run(context: typer.Context, arguments: list[str]) -> int:
     root = context.find_root().command
     with root.make_context("debackdoor", arguments) as inner:
-        root.invoke(inner)
+        return root.invoke(inner) or OK

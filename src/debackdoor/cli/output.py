@@ -56,10 +56,15 @@ class Output:
             return
         from rich.console import Console
 
+        class Lasting(Console):
+            def on_broken_pipe(self) -> None:
+                """Goes on without readers, where rich would close stdout and end the program."""
+                raise BrokenPipeError
+
         with self._words() as stream:
-            console = Console(file=stream, highlight=False)
+            console = Lasting(file=stream, highlight=False)
             if not console.is_terminal:
-                console = Console(file=stream, highlight=False, width=max(console.width, 160))
+                console = Lasting(file=stream, highlight=False, width=max(console.width, 160))
             console.print(what)
 
     @contextmanager
@@ -108,9 +113,19 @@ class Output:
         from debackdoor.report import to_json
 
         if self._json_to == _STDOUT:
-            typer.echo(to_json(record), nl=False)
+            _to_stdout(to_json(record))
             return
         write_text(self._json_to, to_json(record))
+
+
+def _to_stdout(text: str) -> None:
+    try:
+        typer.echo(text, nl=False)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard(sys.stdout)
+        raise DebackdoorError(f"standard output was not written: {error.strerror or error}; check the disk") from error
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -247,7 +262,8 @@ def check_folder(folder: Path) -> None:
         DebackdoorError: if not.
     """
     if not folder.is_dir():
-        raise DebackdoorError(f"{folder}: expected a folder to write to, got none; make it first")
+        got = "a file; give another" if folder.exists() else "none; make it first"
+        raise DebackdoorError(f"{folder}: expected a folder to write to, got {got}")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise DebackdoorError(f"{folder}: expected a folder to write to, got one without permission; choose another")
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Protocol
 
-import typer
-
+from debackdoor.cli.status import tell
 from debackdoor.cli.words import numbers_in_words
 
 _LINE_EVERY = 10.0
@@ -90,4 +89,4 @@ class _Lines(AbstractContextManager["_Lines"]):
             return
         self._printed = now
         left = (now - self._began) / (done - self._first) * (total - done)
-        typer.echo(f"{stage}: {done} of {total}, about {left:.0f} s left, {numbers_in_words(numbers)}", err=True)
+        tell(f"{stage}: {done} of {total}, about {left:.0f} s left, {numbers_in_words(numbers)}")

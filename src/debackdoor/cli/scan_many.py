@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_file, check_folder, finding_stands, paths_among
+from debackdoor.cli.output import Output, check_file, check_folder, each_of, finding_stands, paths_among
 from debackdoor.cli.scan import FailOn
 from debackdoor.cli.status import BACKDOORED, ERROR, INCONCLUSIVE, OK
 from debackdoor.errors import DebackdoorError
@@ -97,9 +97,12 @@ def scan_many(
         _gather(output, scans, results, len(entries))
         in_order = [results[entry.name] for entry in entries]
         _describe(output, in_order, _status(results, fail_on))
-        write_overview(out, in_order, command=shlex.join(context.obj))
-        output.say(f"wrote {out / 'index.html'} and {out / 'scan.parquet'}")
-        output.write_json(overview_record(in_order, asdict(settings)))
+
+        def overview() -> None:
+            write_overview(out, in_order, command=shlex.join(context.obj))
+            output.say(f"wrote {out / 'index.html'} and {out / 'scan.parquet'}")
+
+        each_of([overview, lambda: output.write_json(overview_record(in_order, asdict(settings)))])
     return _status(results, fail_on)
 
 

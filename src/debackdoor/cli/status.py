@@ -47,7 +47,15 @@ def status_of(error: BaseException, debug: bool = False) -> int:
 
 def complain(text: str) -> None:
     """One line on stderr, whatever line breaks and terminal codes the text has."""
-    typer.echo(f"debackdoor: {visible(' '.join(text.split()))}", err=True)
+    tell(f"debackdoor: {visible(' '.join(text.split()))}")
+
+
+def tell(line: str) -> None:
+    """A line on stderr; where nobody reads it or the disk is full it is lost, and the work goes on."""
+    try:
+        typer.echo(line, err=True)
+    except OSError:
+        discard(sys.stderr)
 
 
 def discard(stream: IO[str]) -> None:

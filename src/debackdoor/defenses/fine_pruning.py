@@ -24,6 +24,7 @@ from debackdoor.defenses.levels import BUDGET, Level, blind_rule, cost, pruning_
 from debackdoor.errors import check_count, check_fraction, check_positive
 from debackdoor.models.forward import in_eval, predict
 from debackdoor.rnp.prune import plan_mask, prune, rank
+from debackdoor.runtime import answered_at_once
 from debackdoor.types import CleanSet, Plan, Progress, RepairResult, Step
 
 
@@ -125,7 +126,7 @@ def dormancy(model: nn.Module, images: CleanSet, precision: str) -> tuple[tuple[
     followed = _followed_by(model, layer, images.x[:2])
     total = torch.zeros(layer.size, dtype=torch.double, device=images.x.device)
     with _outputs(model, (layer,)) as latest:
-        for batch in images.x.split(500):
+        for batch in images.x.split(answered_at_once(images.x.device)):  # predict would take larger ones apart
             predict(model, batch, precision=precision)
             out = latest(layer).double().relu()
             axis = -1 if layer.kind == "linear" else 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from debackdoor.detectors.features import Axes, FeatureDetector, principal_axes
-from debackdoor.errors import check_positive
+from debackdoor.errors import check_count
 
 FEWEST = 3
 """Images of a class below which two clusters tell nothing."""
@@ -42,7 +42,7 @@ class ActivationClustering(FeatureDetector):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(components=self.components)
+        check_count(components=self.components)
 
     def learn(self, features: Tensor) -> Callable[[Tensor], Tensor] | None:
         # The paper's independent components are a rotation of whitened principal ones, which no distance notices.

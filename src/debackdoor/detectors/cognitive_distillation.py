@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile
-from debackdoor.errors import DebackdoorError, check_positive
+from debackdoor.errors import DebackdoorError, check_count, check_positive
 from debackdoor.models.forward import eval_mode, logits_of, predict
 from debackdoor.runtime import at_most, autocast, generator, sent
 from debackdoor.types import CleanSet, Progress
@@ -45,7 +45,8 @@ class CognitiveDistillation(SampleDetector):
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        check_positive(steps=self.steps, lr=self.lr, sparsity=self.sparsity, batch_size=self.batch_size)
+        check_count(steps=self.steps, batch_size=self.batch_size)
+        check_positive(lr=self.lr, sparsity=self.sparsity)
         if not self.smoothness >= 0:
             raise DebackdoorError(f"expected smoothness of at least 0, got {self.smoothness}; correct it")
 

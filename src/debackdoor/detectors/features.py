@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile
-from debackdoor.errors import check_positive
+from debackdoor.errors import check_count
 from debackdoor.models.forward import eval_mode, predict
 from debackdoor.runtime import answered_at_once, at_most
 from debackdoor.types import CleanSet, Progress
@@ -115,7 +115,7 @@ class FeatureDetector(SampleDetector):
     batch_size: int = 500
 
     def __post_init__(self) -> None:
-        check_positive(batch_size=self.batch_size)
+        check_count(batch_size=self.batch_size)
 
     @abstractmethod
     def learn(self, features: Tensor) -> Callable[[Tensor], Tensor] | None:

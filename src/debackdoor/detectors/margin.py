@@ -15,7 +15,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from debackdoor.errors import check_positive
+from debackdoor.errors import check_count, check_positive
 from debackdoor.models.forward import logits_of, margins_of
 from debackdoor.runtime import at_most, autocast, generator
 from debackdoor.types import Progress
@@ -41,7 +41,8 @@ class MarginSettings:
     batch_size: int = 128
 
     def __post_init__(self) -> None:
-        check_positive(steps=self.steps, lr=self.lr, starts=self.starts, batch_size=self.batch_size)
+        check_count(steps=self.steps, starts=self.starts, batch_size=self.batch_size)
+        check_positive(lr=self.lr)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile
-from debackdoor.errors import DataError, check_positive
+from debackdoor.errors import DataError, check_count
 from debackdoor.models.forward import eval_mode, predict
 from debackdoor.runtime import generator
 from debackdoor.types import CleanSet, Progress
@@ -38,7 +38,7 @@ class STRIP(SampleDetector):
     batch_size: int = 500
 
     def __post_init__(self) -> None:
-        check_positive(overlays=self.overlays, batch_size=self.batch_size)
+        check_count(overlays=self.overlays, batch_size=self.batch_size)
 
     def __call__(
         self,

@@ -112,4 +112,7 @@ def _on_path(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
+        # The last of that name: an earlier one is the caller's. The user's code may have taken it out itself.
+        places = [place for place, entry in enumerate(sys.path) if entry == str(folder)]
+        if places:
+            del sys.path[places[-1]]

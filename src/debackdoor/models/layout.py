@@ -43,6 +43,15 @@ def to_faster_layout(model: nn.Module, x: Tensor, precision: str = "auto") -> No
         set_layout(model, torch.contiguous_format)
 
 
+def layout_of(model: nn.Module) -> torch.memory_format:
+    """The layout that the model's weights are in; contiguous where theirs is both."""
+    last = any(
+        weight.ndim == 4 and not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last)
+        for weight in model.parameters()
+    )
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def set_layout(model: nn.Module, layout: torch.memory_format) -> None:
     """Brings the model's four-dimensional weights into a memory layout; no value changes."""
     for parameter in model.parameters():

@@ -176,7 +176,7 @@ def _repair(record: Mapping[str, Any], name: wording.Name) -> dict[str, Any]:
         for when in ("before", "after")
     )
     rows = [(sign.name, sign, after.get(reason)) for reason, sign in before.items()]
-    return {"record": record, "signs": rows, "verified": check is not None, "compared": bool(after)}
+    return {"record": record, "signs": rows, "compared": bool(after)}
 
 
 def _command(record: Mapping[str, Any]) -> str:

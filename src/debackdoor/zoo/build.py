@@ -9,17 +9,19 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
+import torch
+
 from debackdoor.attacks import load_trigger, train
 from debackdoor.attacks.registry import count_classes
 from debackdoor.data import load_dataset
 from debackdoor.data.load import open_source
 from debackdoor.errors import DataError, DebackdoorError, TriggerError
 from debackdoor.files import sha256_of
-from debackdoor.models import load_model, resolve_arch
-from debackdoor.runtime import resolve_device
+from debackdoor.models import build_model, load_model
+from debackdoor.runtime import resolve_device, seeded
 from debackdoor.types import Progress
 from debackdoor.zoo.card import Card, card_of, read_card, trigger_of, weights_of, write_card
-from debackdoor.zoo.data import Splits, files_sha256, load_splits
+from debackdoor.zoo.data import Splits, check_apart, files_sha256, load_splits
 from debackdoor.zoo.manifest import CLEAN, Entry, Manifest
 from debackdoor.zoo.store import check_same, settings_of, store
 
@@ -109,7 +111,10 @@ def find_finished(entry: Entry, folder: str | Path) -> Card | None:
         trigger = trigger_of(folder, entry.name)
         if not (trigger / "trigger.json").is_file():
             return None
-        found = load_trigger(trigger)
+        try:
+            found = load_trigger(trigger)
+        except TriggerError:
+            return None
         check_same(str(path), settings_of(entry.make_attack(found.image_shape, found.num_classes)), settings_of(found))
     if card.notes != entry.notes:
         card = replace(card, notes=entry.notes)
@@ -136,11 +141,13 @@ def _check_same_images(entry: Entry, card: Card, path: Path) -> None:
 def _check(entries: Sequence[Entry]) -> None:
     """Refuses what would only fail after hours, when its turn comes."""
     for dataset, group in groupby(sorted(entries, key=_dataset), _dataset):
+        check_apart(dataset, dataset)
         test = load_dataset(dataset, "test")
         source = open_source(dataset, "train")  # the test images may lack the highest class
         classes = max(len(source.class_names), int(source.labels.max()) + 1)
         for entry in group:
-            resolve_arch(entry.arch)
+            with seeded(0, torch.device("cpu")):  # random weights, which nobody keeps
+                build_model(entry.arch, classes, in_channels=test.x.shape[1])
             try:
                 attack = entry.make_attack(test.x.shape[1:], classes)
             except TriggerError as error:

@@ -102,7 +102,8 @@ def files_sha256(dataset: str, split: str) -> str | None:
 
 def _own_files(dataset: str, split: str) -> list[Path]:
     """The files that a split is read from, pictures included."""
-    return _files(dataset, split) or list(open_source(dataset, split).files or ())
+    files = _files(dataset, split) or list(open_source(dataset, split).files or ())
+    return [path.resolve() for path in files]
 
 
 def _files(dataset: str, split: str) -> list[Path]:

@@ -91,7 +91,7 @@ def read_victim(folder: str | Path) -> BackdooredModel:
     """The model in a folder that ``debackdoor attack`` wrote, as training returned it but on the CPU.
 
     Raises:
-        DebackdoorError: if a file is missing or damaged.
+        DebackdoorError: if a file is missing or damaged, or the record that of another model.
     """
     folder = Path(folder)
     path = folder / "record.json"
@@ -102,8 +102,12 @@ def read_victim(folder: str | Path) -> BackdooredModel:
             raise TypeError(recipe.arch)
         rest = {"source": record["dataset"], "history": record["history"], "seconds": record["seconds"]}
         clean = record["attack"] == "clean"
+        if sha256_of(folder / "model.safetensors") != record["sha256"]:  # a run was killed while it replaced them
+            raise ValueError(record["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DebackdoorError(f"{path}: expected the record of an attack, got none or a damaged one") from error
+        raise DebackdoorError(
+            f"{path}: expected the record of an attack and of model.safetensors, got none or another"
+        ) from error
     model = load_model(folder / "model.safetensors", recipe.arch, mean=recipe.mean, std=recipe.std)
     return BackdooredModel(model, None if clean else load_trigger(folder / "trigger"), recipe, **rest)
 
