@@ -1,5 +1,10 @@
-"""What several test files share."""
+"""What several test files share.
 
+A GPU is used where DEBACKDOOR_TEST_GPU is set alone, and by tests/test_gpu.py alone: the others compare numbers bit by
+bit, and say what happens without one.
+"""
+
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +17,10 @@ from debackdoor.data import load_dataset
 from debackdoor.types import CleanSet
 from debackdoor.zoo import build, read_manifest
 from zoo_cases import SMALL, one_thread, write_manifest
+
+if "DEBACKDOOR_TEST_GPU" not in os.environ:
+    # Read when CUDA is first used; processes that tests start inherit it.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session", autouse=True)

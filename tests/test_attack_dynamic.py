@@ -102,6 +102,14 @@ def test_a_batch_has_its_own_triggers_those_of_others_and_clean_images() -> None
     assert torch.equal(seen[0][6:], x[6:])
 
 
+def test_a_small_batch_has_a_trigger_of_another_image_all_the_same() -> None:
+    _, _, control = dynamic_control(poison_rate=0.9, cross_rate=0.1, target=3)
+    control.begin_epoch(1, generator(0))
+    loss, _, labels = control.loss(images(2), torch.tensor([5, 6]), generator(0))
+    assert labels.tolist() == [3, 6]
+    assert bool(loss.isfinite())
+
+
 def test_all_to_all_moves_labels_by_one() -> None:
     _, _, control = dynamic_control(mode="all-to-all")
     _, _, labels = control.loss(images(20), torch.full((20,), 9), generator(0))

@@ -156,6 +156,7 @@ def test_the_backdoor_takes_on_digits(arch: str) -> None:
         ({"epsilon": 0.0}, "epsilon"),
         ({"epsilon": 1.5}, "epsilon"),
         ({"alpha": 0.0}, "alpha"),
+        ({"alpha": 1}, "expected alpha below 1 for lira, got 1, with which no backdoor is learned"),
         ({"generator_width": 0}, "generator_width"),
         ({"generator_lr": -1.0}, "generator_lr"),
         ({"fixed_share": 0.0}, "fixed_share"),

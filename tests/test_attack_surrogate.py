@@ -8,7 +8,7 @@ from debackdoor.attacks.patch import patch_place, with_patch
 from debackdoor.attacks.surrogate import Surrogate, descend
 from debackdoor.errors import ModelError
 from debackdoor.models import Normalized, build_model
-from toys import CosineHead, TinyViT, conv_plain, pool
+from toys import CosineHead, TinyViT, ViewNet, conv_plain, pool
 
 
 def test_features_are_what_the_last_convolution_at_each_resolution_and_the_head_are_given() -> None:
@@ -39,6 +39,21 @@ def test_built_in_networks_have_their_features(arch: str, sizes: list[int] | Non
     assert all(not module._forward_pre_hooks for module in model.modules())
 
 
+def test_networks_that_call_view_serve_too_and_keep_their_layout() -> None:
+    model = ViewNet().eval()
+    surrogate = Surrogate(nn.Sequential(model, nn.Linear(2, 10)).eval(), torch.rand(1, 3, 8, 8), 10)
+    assert [len(layer) for layer in surrogate.features(torch.rand(2, 3, 8, 8))] == [2, 2]
+    assert model.conv.weight.is_contiguous()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_it_computes_in_the_precision_asked_for(precision: str, dtype: torch.dtype) -> None:
+    model, seen = conv_plain(), set[torch.dtype]()
+    model.register_forward_hook(lambda _module, _inputs, output: seen.add(output.dtype))
+    Surrogate(model, torch.ones(1, 1, 2, 2), 2, precision).logits(torch.ones(1, 1, 2, 2))
+    assert seen == {dtype}
+
+
 def test_a_vision_transformer_has_features_too() -> None:
     model = TinyViT().eval()
     surrogate = Surrogate(model, torch.rand(1, 3, 8, 8), 3)
@@ -51,6 +66,7 @@ def test_a_vision_transformer_has_features_too() -> None:
     [
         (None, "got none; train one with the attack 'clean'"),
         (build_model("resnet18-w4", 7).eval(), "with 10 classes, got 7 classes from Linear of 7"),
+        (nn.Conv2d(1, 2, 3), r"expected the model to take images of shape \(3, 8, 8\)"),
         (nn.Sequential(pool(), CosineHead(3, 10)), "got 10 classes from no linear layer"),
         (nn.Sequential(pool(), nn.Linear(3, 20), nn.Unflatten(1, (10, 2)), nn.AvgPool1d(2), nn.Flatten()), "of 20"),
     ],

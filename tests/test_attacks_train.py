@@ -11,7 +11,7 @@ from torch import Tensor
 
 from debackdoor.attacks import BackdooredModel, BadNets, load_trigger, make_attack, train, write_victim
 from debackdoor.attacks.batches import PoisonedBatches, augment
-from debackdoor.errors import DebackdoorError
+from debackdoor.errors import DataError, DebackdoorError, ModelError
 from debackdoor.evaluation import accuracy, evaluate
 from debackdoor.models import build_model, load_model
 from debackdoor.models.layout import memory_format
@@ -191,6 +191,54 @@ def test_the_same_seed_gives_the_same_weights_resumed_or_not(
     (tmp_path / "training.pt").write_bytes(b"PK\x03\x04 half a file")
     with pytest.raises(DebackdoorError, match="damaged file; delete it"):
         train(attack, arch, data, seed=1, checkpoint_dir=tmp_path, **options)
+
+
+def test_a_state_is_of_one_network(digits: tuple[CleanSet, CleanSet], tmp_path: Path) -> None:
+    """The file that ``arch`` names is the user's own, and may be changed meanwhile."""
+    data, path = digits[0].subset(torch.arange(100)), tmp_path / "net.py"
+    options = OPTIONS | {"checkpoint_dir": tmp_path}
+    path.write_text(NET)
+    train(None, f"{path}:make", data, epochs=2, **options)
+    path.write_text(NET.replace("32", "16").replace("512", "256"))
+    with pytest.raises(DebackdoorError, match="expected the state of this network, got that of another; delete it"):
+        train(None, f"{path}:make", data, epochs=2, **options)
+
+
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_any_number_of_steps_has_a_schedule(digits: tuple[CleanSet, CleanSet], arch: str, steps: int) -> None:
+    assert len(train(None, arch, digits[0].subset(torch.arange(64)), epochs=steps, **OPTIONS).history) == steps
+
+
+VIEW = """
+from torch import nn
+class View(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[0](x).view(len(x), -1))
+    def train(self, mode=True):
+        super().train(mode)
+def make(num_classes, in_channels=1):
+    return View(nn.Conv2d(in_channels, 16, 3, padding=1), nn.Linear(1024, num_classes))
+def make_four(in_channels=1):
+    return View(nn.Conv2d(in_channels, 16, 3, padding=1), nn.Linear(1024, 4))
+"""
+
+
+def test_networks_that_call_view_are_trained_and_serve_attackers(
+    digits: tuple[CleanSet, CleanSet], tmp_path: Path
+) -> None:
+    (tmp_path / "net.py").write_text(VIEW)
+    data, arch = digits[0].subset(torch.arange(100)), f"{tmp_path / 'net.py'}:make"
+    clean = train(None, arch, data, epochs=1, **OPTIONS).model
+    attack = make_attack("trojan", data, iterations=2)
+    assert len(train(attack, arch, data, epochs=1, clean_model=clean, **OPTIONS).history) == 1
+    with pytest.raises(ModelError, match=r"net\.py:make_four to tell 10 classes apart, got 4; let its factory take"):
+        train(None, arch + "_four", data, epochs=1, **OPTIONS)
+
+
+def test_a_clean_model_of_fewer_classes_is_not_trained(digits: tuple[CleanSet, CleanSet], arch: str) -> None:
+    attack = make_attack("trojan", digits[0], num_classes=12)
+    with pytest.raises(DataError, match="expected images of 12 classes to train a clean model for trojan on, got 10"):
+        train(attack, arch, digits[0], epochs=1, **OPTIONS)
 
 
 def test_a_clean_model_and_normalisation(digits: tuple[CleanSet, CleanSet], arch: str, tmp_path: Path) -> None:

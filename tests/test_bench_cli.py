@@ -13,8 +13,9 @@ import pytest
 
 import debackdoor.bench.run as bench_run
 from bench_cases import record
-from cli_cases import Shell
+from cli_cases import Shell, full_disk
 from debackdoor.bench.executors import Outcome
+from debackdoor.cli import output
 from debackdoor.errors import in_one_line
 
 Zoo = tuple[Path, Path]
@@ -99,6 +100,7 @@ def test_an_interrupted_run_says_how_far_it_is(shell: Shell, small_zoo: Zoo, her
         (("table", "OUT"), 2, "expected a folder with records, got none"),
         (("table", "RECORDS", "--defense", "x"), 2, "expected defences out of ours, got 'x'"),
         (("table", "RECORDS", "--html", "/nowhere/a.html"), 2, "/nowhere: expected a folder to write to, got none"),
+        (("run", "--zoo", "ZOO", "--out", __file__), 2, "expected a folder to write to, got a file; give another"),
     ],
 )
 def test_bad_input(shell: Shell, small_zoo: Zoo, arguments: tuple[str, ...], code: int, message: str) -> None:
@@ -122,6 +124,21 @@ def test_a_table_takes_the_place_of_no_record_and_of_no_other_form(shell: Shell)
         assert (ran.code, ran.err.count("\n")) == (2, 1), ran
     assert json.loads(path.read_text())["model"] == "badnets"
     assert shell.files() == {folder, path, shell.folder / "net.py"}
+
+
+def test_a_form_that_cannot_be_written_takes_no_other_along(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, csv = shell.folder / "records", shell.folder / "t.csv"
+    folder.mkdir()
+    (folder / "a.json").write_text(json.dumps(record("badnets", "ours", 0.9)))
+    written = output.atomic_write_text
+
+    def full_for_markdown(path: Path, text: str) -> None:
+        (full_disk if path.suffix == ".md" else written)(path, text)
+
+    monkeypatch.setattr(output, "atomic_write_text", full_for_markdown)
+    ran = shell("bench", "table", folder, "--markdown", shell.folder / "t.md", "--csv", csv)
+    assert (ran.code, csv.exists()) == (2, True)
+    assert f"{shell.folder / 't.md'} was not written: No space left on device" in ran.err
 
 
 @pytest.mark.parametrize(("more", "workers"), [((), None), (("--workers", 3), 3)])

@@ -145,6 +145,11 @@ def test_a_task_without_a_gpu_sees_none(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "a").read_text() == ""
 
 
+def test_with_nothing_to_do_no_cluster_is_asked() -> None:
+    pytest.importorskip("ray", reason="the library ray is not installed")
+    assert list(run_ray(print, [], address="127.0.0.1:1")) == []
+
+
 @pytest.mark.slow
 def test_what_this_machine_will_never_have() -> None:
     pytest.importorskip("ray", reason="the library ray is not installed")

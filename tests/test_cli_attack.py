@@ -181,6 +181,8 @@ def test_demo(shell: Shell) -> None:
     assert before["attack_success_rate"] > 0.9
     assert after["attack_success_rate"] < 0.1
     assert after["clean_accuracy"] > before["clean_accuracy"] - 0.05
+    scan = ("--arch", "resnet18-w16", "--clean", "digits", "--quiet")
+    assert shell("scan", shell.folder / "demo" / "model.safetensors", *scan).code == 1
     first, second = ran.out.splitlines()[-2:]
     assert first.split() == [
         "before",

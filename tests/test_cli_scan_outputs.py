@@ -73,6 +73,25 @@ def test_no_finding_is_hidden_by_a_reader_that_left(shell: Shell) -> None:
     assert (ran.returncode, ran.stderr) == (1, "debackdoor: the finding stands\n")
 
 
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_reader_that_leaves_takes_no_file_along(shell: Shell, stream: str) -> None:
+    """What is printed in a style goes through rich, which by itself would end the program."""
+    record, page = shell.folder / "out.json", shell.folder / "out.html"
+    arguments = [str(argument) for argument in scan_of(shell, "--json", record, "--html", page)]
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run(
+        [sys.executable, "-c", IN_A_PROCESS, str(Path(__file__).parent), *arguments],
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: write},
+        text=True,
+        check=False,
+    )
+    os.close(write)
+    assert (ran.returncode, ran.stderr or "") == (1, ""), ran
+    assert valid(record.read_text())["verdict"] == "backdoored"
+    assert page.exists()
+
+
 IN_A_PROCESS = (
     "import sys; sys.path.insert(0, sys.argv.pop(1)); import importlib, report_cases; from debackdoor.cli import main; "
     "from dataclasses import replace; found = report_cases.report('backdoored'); "
@@ -107,6 +126,38 @@ def test_words_that_cannot_be_written_hide_no_finding(shell: Shell) -> None:
         )
     assert (ran.returncode, "Traceback" in ran.stderr) == (1, False), ran.stderr
     assert valid((shell.folder / "out.json").read_text())["verdict"] == "backdoored"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+@pytest.mark.parametrize("missing", [False, True])
+def test_errors_that_cannot_be_told_change_no_exit_code(shell: Shell, missing: bool) -> None:
+    """Python itself would end with 1, a finding's."""
+    arguments = [str(argument) for argument in scan_of(shell, "--json", "-", "--quiet")]
+    if missing:
+        arguments[1] = "none.safetensors"
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-c", IN_A_PROCESS, str(Path(__file__).parent), *arguments],
+            stdout=full,
+            stderr=full,
+            check=False,
+        )
+    assert ran.returncode == (2 if missing else 1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
+def test_a_record_that_fills_the_disk_is_told_of(shell: Shell) -> None:
+    arguments = [str(argument) for argument in scan_of(shell, "--json", "-", "--quiet")]
+    with open("/dev/full", "w") as full:
+        ran = subprocess.run(
+            [sys.executable, "-c", IN_A_PROCESS, str(Path(__file__).parent), *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    why = "standard output was not written: No space left on device; check the disk"
+    assert (ran.returncode, ran.stderr) == (1, f"debackdoor: {why}\ndebackdoor: the finding stands\n")
 
 
 def test_a_form_that_cannot_be_written_takes_no_other_along(

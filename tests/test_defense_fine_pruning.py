@@ -101,6 +101,15 @@ def test_activation_is_the_mean_of_the_positive_part() -> None:
     assert dormancy(model, images, "fp32")[1].tolist() == [0.0, 0.0]
 
 
+def test_all_images_count_however_many_go_through_at_once() -> None:
+    """Three hundred ones and then two: of the last batch alone the mean would be another."""
+    values = torch.cat([torch.full((300,), 0.5), torch.ones(2)])
+    images = CleanSet(values.view(-1, 1, 1, 1).expand(-1, 1, 2, 2), torch.arange(302) % 2)
+    _, activation = dormancy(toys.conv_norm(), images, "fp32")
+    wanted = torch.tensor([(300 * 2 + 2 * 3) / 302, (300 * 7 + 2 * 4) / 302], dtype=torch.double)
+    torch.testing.assert_close(activation, wanted)
+
+
 def test_in_a_residual_block_the_sum_counts() -> None:
     """The norm gives -x/2, -3x/2 and -x beside the shortcut's x: what is left is x/2, 0 and 0."""
     images = CleanSet(torch.full((2, 3, 2, 2), 0.8), torch.tensor([0, 1]))

@@ -195,6 +195,7 @@ def test_shifted_images_are_windows_of_the_padded_one() -> None:
     assert {row for ((row, _),) in found} == set(range(5))
     assert {col for ((_, col),) in found} == set(range(5))
     assert shifted.is_contiguous()
+    assert random_shift(x[:, :1], 2, generator(0)).stride() == (20, 20, 5, 1)  # by which convolutions go
     assert random_shift(x, 0, generator(0)) is x
 
 

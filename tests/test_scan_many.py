@@ -146,6 +146,14 @@ def test_an_error_of_one_run_takes_the_record_of_no_other(
     assert registry.files() == {"records/a.json"}
 
 
+def test_without_a_limit_of_memory_records_are_found_again(registry: Registry, stand_in: StandIn) -> None:
+    """JSON has no infinity."""
+    entries, settings = registry.entries([registry.model("a", "backdoored")]), Settings(memory=float("inf"))
+    for kept in (False, True):
+        (result,) = scan_many(entries, registry.out, settings)
+        assert (result.verdict, result.error, result.kept) == ("backdoored", None, kept)
+
+
 def test_what_is_no_file_is_not_read(registry: Registry, stand_in: StandIn) -> None:
     """A pipe that nobody writes to would be read for ever."""
     os.mkfifo(registry.folder / "pipe.pt")

@@ -144,6 +144,14 @@ def test_bad_parquet(tmp_path: Path, columns: dict[str, Any], message: str) -> N
     assert f"{path} {message}" in str(caught.value)
 
 
+def test_parquet_text_in_another_encoding(tmp_path: Path) -> None:
+    texts = pa.Array.from_buffers(pa.string(), 1, pa.array([b"mod\xe8le.pt"]).buffers())
+    path = tmp_path / "models.parquet"
+    pq.write_table(pa.table({"path": texts, "arch": ["resnet18"], "clean": ["digits"]}), path)
+    with pytest.raises(DataError, match=r"models.parquet: expected a manifest of models, got an error \('utf-8' codec"):
+        read_manifest(path)
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"models.txt: expected a .csv or .parquet file, got another suffix"):
         read_manifest(tmp_path / "models.txt")

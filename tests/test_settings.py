@@ -22,6 +22,11 @@ from debackdoor.defenses import (
     NCUnlearning,
 )
 from debackdoor.defenses.lesson import RelearnSettings
+from debackdoor.detectors.clustering import ActivationClustering
+from debackdoor.detectors.cognitive_distillation import CognitiveDistillation
+from debackdoor.detectors.margin import MarginSettings
+from debackdoor.detectors.spectral import SpectralSignatures
+from debackdoor.detectors.strip import STRIP
 from debackdoor.detectors.trigger import SearchSettings
 from debackdoor.errors import DebackdoorError, check_between, check_count
 from debackdoor.rnp.recover import RecoverSettings
@@ -32,6 +37,11 @@ ABL = partial(ABLUnlearning, poisoned=clean_images(4))
 
 COUNTS: dict[Callable[..., Any], tuple[str, ...]] = {
     ABL: ("epochs", "batch_size"),
+    ActivationClustering: ("components", "batch_size"),
+    CognitiveDistillation: ("steps", "batch_size"),
+    MarginSettings: ("steps", "starts", "batch_size"),
+    STRIP: ("overlays", "batch_size"),
+    SpectralSignatures: ("batch_size",),
     ANP: ("iterations", "batch_size", "ascents"),
     FinePruning: ("epochs", "batch_size"),
     FineTuning: ("epochs", "batch_size"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from debackdoor.defenses import ABLUnlearning
+from debackdoor.errors import DataError
 from debackdoor.types import CleanSet, RecoveredPattern, RecoveredTrigger, SampleScores, ScanReport
 
 IMAGES = CleanSet(torch.rand(3, 1, 2, 2), torch.tensor([0, 1, 2]))
@@ -23,6 +24,11 @@ def test_it_equals_itself_alone(value: Any) -> None:
     assert value != other
     assert [other, value].index(value) == 1
     assert len({value, other}) == 2
+
+
+def test_images_without_pixels_are_refused() -> None:
+    with pytest.raises(DataError, match=r"memory: expected images with pixels, got shape \(4, 3, 0, 0\)"):
+        CleanSet(torch.zeros(4, 3, 0, 0), torch.zeros(4, dtype=torch.int64))
 
 
 def test_reports_are_equal_where_all_they_say_is_the_same() -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -127,7 +128,7 @@ def test_the_test_images_may_lack_the_highest_class(tmp_path: Path) -> None:
     assert (built.card.target, built.kept) == (3, False)
 
 
-@pytest.mark.parametrize("damage", ["weights", "no weights", "no trigger"])
+@pytest.mark.parametrize("damage", ["weights", "no weights", "no trigger", "half a trigger"])
 def test_a_model_that_is_not_whole_is_built_again(
     small_zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
@@ -135,6 +136,9 @@ def test_a_model_that_is_not_whole_is_built_again(
     weights = zoo / "tiny" / "patch.safetensors"
     if damage == "no trigger":
         (zoo / "tiny" / "patch.trigger" / "trigger.json").unlink()
+    elif damage == "half a trigger":
+        path = zoo / "tiny" / "patch.trigger" / "trigger.safetensors"
+        path.write_bytes(path.read_bytes()[:20])
     elif damage == "weights":
         weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     else:
@@ -149,11 +153,18 @@ def test_a_model_that_is_not_whole_is_built_again(
     assert trained == ["patch"]
 
 
+def one_part(folder: Path) -> Path:
+    np.savez(folder / "one.npz", x=np.zeros((8, 8, 8, 3), dtype=np.uint8), y=np.arange(8) % 2)
+    return folder / "one.npz"
+
+
 def test_everything_is_checked_before_anything_is_trained(tmp_path: Path) -> None:
     for bad, error, message in (
         ('attack = "badnets"\ntarget = 10', TriggerError, "last: expected target as a whole number from 0 to 9"),
         ('attack = "badnets"\nparameters = {alpha = 1}', TriggerError, "last: expected parameters of badnets"),
         ('attack = "clean"\narch = "resnet19"', DebackdoorError, "did you mean"),
+        ('attack = "clean"\narch = "wrn17-2"', DebackdoorError, "wrn17-2"),
+        (f'attack = "clean"\ndataset = "{one_part(tmp_path)}"', DataError, "got the same images for both"),
         ('attack = "clean"\ndataset = "nowhere"', DataError, "nowhere: expected a folder"),
     ):
         manifest = write_manifest(

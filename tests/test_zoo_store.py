@@ -21,7 +21,7 @@ from debackdoor.files import sha256_of
 from debackdoor.models import load_model
 from debackdoor.zoo import build, list_cards, load_splits, read_card, read_manifest, read_victim, store
 from debackdoor.zoo.card import write_card
-from debackdoor.zoo.data import data_sha256
+from debackdoor.zoo.data import check_apart, data_sha256
 from debackdoor.zoo.store import to_half
 
 Zoo = tuple[Path, Path]
@@ -162,6 +162,13 @@ def test_a_victim_of_attack_can_be_stored(shell: Shell, tmp_path: Path) -> None:
     with pytest.raises(DebackdoorError, match="b: expected a model with epochs 9"):
         store(read_manifest(manifest).entries[0], victim, splits, tmp_path / "zoo" / "own")
     assert list_cards(tmp_path / "zoo" / "own") == [card]
+    weights = shell.folder / "victim" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(
+        DebackdoorError, match=r"expected the record of an attack and of model\.safetensors, got none or"
+    ):
+        read_victim(shell.folder / "victim")
     (shell.folder / "victim" / "record.json").write_text("{}")
     with pytest.raises(DebackdoorError, match="expected the record of an attack"):
         read_victim(shell.folder / "victim")
@@ -178,6 +185,9 @@ def test_images_that_models_are_trained_on_are_no_test(tmp_path: Path) -> None:
     for data, limit in ((path, None), (path, 2), (pictures, None), (pictures, 2)):
         with pytest.raises(DataError, match="expected a training and a test part, got the same images for both"):
             load_splits(str(data), limit)
+    (tmp_path / "link.npz").symlink_to(path)
+    with pytest.raises(DataError, match=r"link.npz: expected a training and a test part, got the same images"):
+        check_apart(str(path), str(tmp_path / "link.npz"))
 
 
 def test_both_parts_have_the_same_classes(tmp_path: Path) -> None:
