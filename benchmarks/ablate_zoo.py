@@ -19,6 +19,7 @@ from typing import Annotated
 
 import repair_zoo
 import typer
+from zoo_models import chosen_cards
 
 import debackdoor as db
 from debackdoor.bench.memory import PeakMemory
@@ -31,7 +32,7 @@ from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
 from debackdoor.runtime import resolve_device
 from debackdoor.types import RepairResult
-from debackdoor.zoo import CLEAN, Card, list_cards, weights_of
+from debackdoor.zoo import CLEAN, Card, weights_of
 
 BUDGET = 0.02
 """The default of ``debackdoor repair``."""
@@ -54,7 +55,7 @@ def run(
     if unknown:
         raise typer.BadParameter(f"--without: expected {', '.join(WITHOUT)}, got {', '.join(unknown)}; correct it")
     out.mkdir(parents=True, exist_ok=True)
-    cards = [card for card in list_cards(zoo) if card.attack != CLEAN and (not names or card.name in names)]
+    cards = [card for card in chosen_cards(zoo, names) if card.attack != CLEAN]
     for card, seed in product(cards, seeds or [0]):
         targets = {part: out / f"repair-without-{part}-{card.name}-seed{seed}-n{limit}.json" for part in WITHOUT}
         left = {part: path for part, path in targets.items() if part in (without or WITHOUT) and not path.exists()}

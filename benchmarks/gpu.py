@@ -23,6 +23,7 @@ import torch
 import typer
 from publish import commit, replace_between
 from torch import nn
+from zoo_models import chosen_cards
 
 import debackdoor as db
 from debackdoor.attacks import load_trigger
@@ -33,7 +34,7 @@ from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
 from debackdoor.runtime import versions
 from debackdoor.types import RepairResult
-from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
+from debackdoor.zoo import CLEAN, Card, trigger_of, weights_of
 
 SCHEMA = "debackdoor/gpu/1"
 
@@ -53,8 +54,7 @@ def run(
 ) -> None:
     """One record a model; finished ones are skipped."""
     out.mkdir(parents=True, exist_ok=True)
-    cards = {card.name: card for card in list_cards(zoo)}
-    for card in (cards[name] for name in names or cards):
+    for card in chosen_cards(zoo, names):
         target = out / f"{card.arch}-{card.name}.json"
         if not target.exists():
             record = measure(card, zoo, rounds, limit, count)

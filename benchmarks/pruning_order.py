@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import typer
 from publish import commit
+from zoo_models import chosen_cards
 
 import debackdoor as db
 from debackdoor.attacks import load_trigger
@@ -28,7 +29,7 @@ from debackdoor.models import load_model
 from debackdoor.rnp.prune import prune
 from debackdoor.runtime import versions
 from debackdoor.types import CleanSet
-from debackdoor.zoo import Card, list_cards, trigger_of, weights_of
+from debackdoor.zoo import Card, trigger_of, weights_of
 
 METHODS = {"ours": RNP(budget=0.01), "published": RNP.published()}
 POINTS = (0, 1, 2, 3, 4, 6, 8, 11, 15, 20, 27, 36, 48, 64, 85, 114, 152)
@@ -46,7 +47,7 @@ def measure(
     tests: Annotated[int, typer.Option(help="test images")] = 1000,
 ) -> None:
     """Prunes along both orders and measures; the record is written when all is done."""
-    cards = {card.name: card for card in list_cards(zoo)}
+    cards = {card.name: card for card in chosen_cards(zoo, names)}
     curves = []
     for name in names:
         card = cards[name]

@@ -25,6 +25,7 @@ import typer
 from publish import commit, replace_between
 from repair_tables import by_images, compare_defenses, render, row, summary
 from torch import nn
+from zoo_models import chosen_cards
 
 import debackdoor as db
 from debackdoor.attacks import load_trigger
@@ -54,8 +55,7 @@ def run(
 ) -> None:
     """One record a model and seed; finished ones are skipped."""
     out.mkdir(parents=True, exist_ok=True)
-    cards = [card for card in list_cards(zoo) if not names or card.name in names]
-    for card, seed in product(cards, seeds or [0]):
+    for card, seed in product(chosen_cards(zoo, names), seeds or [0]):
         target = out / f"{card.name}-seed{seed}-n{limit}.json"
         if not target.exists():
             record = measure(card, zoo, seed, limit)

@@ -28,6 +28,7 @@ from publish import commit, replace_between
 from sample_tables import WAYS, Record, render, row, summary
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
+from zoo_models import chosen_cards
 
 import debackdoor as db
 from debackdoor.attacks import load_trigger
@@ -42,7 +43,7 @@ from debackdoor.files import atomic_write_text
 from debackdoor.models import load_model
 from debackdoor.models.forward import predict
 from debackdoor.runtime import generator, versions
-from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
+from debackdoor.zoo import CLEAN, Card, trigger_of, weights_of
 
 FALSE_POSITIVES = 0.01
 """The share of the clean images that a threshold is set to flag."""
@@ -70,7 +71,7 @@ def run(
     if unknown := set(detectors or ()) - set(WAYS):
         raise typer.BadParameter(f"expected detectors out of {', '.join(WAYS)}, got {', '.join(sorted(unknown))}")
     out.mkdir(parents=True, exist_ok=True)
-    cards = [card for card in list_cards(zoo) if card.attack != CLEAN and (not names or card.name in names)]
+    cards = [card for card in chosen_cards(zoo, names) if card.attack != CLEAN]
     for card, seed in product(cards, seeds or [0]):
         target = out / f"{card.name}-seed{seed}-n{limit}.json"
         before = json.loads(target.read_text()) if target.exists() else {}

@@ -67,6 +67,9 @@ class Point:
         return f"{data}-w{self.width}-n{self.images}"
 
 
+EPOCHS = {32: 6, 64: 6}
+"""Passes over the training images, by width, where they are others than ``--epochs``."""
+
 POINTS = [
     *(Point("images", images=count) for count in (100, 500, 1000, 2000)),
     *(Point("parameters", width=width) for width in (8, 16, 32, 64)),
@@ -88,12 +91,13 @@ def run(
         target = out / f"{point.grows}-{point.name}.json"
         if target.exists() or point.grows not in (grows or [point.grows]):
             continue
+        passes = EPOCHS.get(point.width, epochs)
         record = {
             "schema": SCHEMA,
             **asdict(point),
             "train_on": train_on,
-            "epochs": epochs,
-            **_measure(point, models, train_on, epochs),
+            "epochs": passes,
+            **_measure(point, models, train_on, passes),
         }
         record |= {"threads": torch.get_num_threads(), "versions": versions(), "commit": commit()}
         atomic_write_text(target, json.dumps(record, indent=1) + "\n")

@@ -20,6 +20,7 @@ import repair_zoo
 import sample_zoo
 import scan_zoo
 import typer
+from zoo_models import chosen_cards
 
 import debackdoor as db
 from debackdoor.bench.memory import PeakMemory
@@ -31,7 +32,7 @@ from debackdoor.models import load_model
 from debackdoor.repair import repair_case
 from debackdoor.runtime import resolve_device
 from debackdoor.scan import scan_case
-from debackdoor.zoo import CLEAN, Card, list_cards, weights_of
+from debackdoor.zoo import CLEAN, Card, weights_of
 
 
 def run(
@@ -47,8 +48,7 @@ def run(
     folders = [scans, repairs, *([samples] if samples is not None else [])]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
-    cards = [card for card in list_cards(zoo) if not names or card.name in names]
-    for card, seed in product(cards, seeds or [0]):
+    for card, seed in product(chosen_cards(zoo, names), seeds or [0]):
         targets = [folder / f"{card.name}-seed{seed}-n{limit}.json" for folder in folders]
         wanted = targets if card.attack != CLEAN else targets[:2]
         if not all(target.exists() for target in wanted):

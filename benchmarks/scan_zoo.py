@@ -23,6 +23,7 @@ import typer
 from publish import commit, replace_between
 from scan_tables import calibration, render, summary
 from torch import Tensor
+from zoo_models import chosen_cards
 
 import debackdoor as db
 from debackdoor.attacks import load_trigger
@@ -36,7 +37,7 @@ from debackdoor.models import load_model
 from debackdoor.runtime import resolve_device, versions
 from debackdoor.scan import scan_case
 from debackdoor.types import RecoveredTrigger, ScanReport
-from debackdoor.zoo import CLEAN, Card, list_cards, trigger_of, weights_of
+from debackdoor.zoo import CLEAN, Card, trigger_of, weights_of
 
 PATCHES = ("badnets", "trojan", "cl", "awp")
 """The attacks whose triggers cover a part of the image that does not depend on it."""
@@ -57,8 +58,7 @@ def run(
 ) -> None:
     """One record a model and seed; finished ones are skipped."""
     out.mkdir(parents=True, exist_ok=True)
-    cards = [card for card in list_cards(zoo) if not names or card.name in names]
-    for card, seed in product(cards, seeds or [0]):
+    for card, seed in product(chosen_cards(zoo, names), seeds or [0]):
         target = out / f"{card.name}-seed{seed}-n{limit}.json"
         if not target.exists():
             record = measure(card, zoo, seed, limit)
@@ -73,7 +73,7 @@ def baseline(
     seeds: Annotated[list[int] | None, typer.Option("--seed", help="of the records")] = None,
 ) -> None:
     """Runs Neural Cleanse where a record has none, and adds it to that."""
-    cards = {card.name: card for card in list_cards(zoo)}
+    cards = {card.name: card for card in chosen_cards(zoo, None)}
     for path in sorted(records.glob("*.json")):
         record = json.loads(path.read_text())
         if record["seed"] in (seeds or [0]) and not record["neural_cleanse"]:

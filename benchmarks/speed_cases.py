@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,10 +62,11 @@ def victim_of(name: str, arch: str, train_on: CleanSet, folder: Path, epochs: in
     weights, trigger = folder / f"{name}-blend.safetensors", folder / f"{name}-blend.trigger"
     if not weights.exists():
         attack = make_attack("blend", train_on, target=0, seed=0, poison_rate=0.2)
-        trained = train(attack, arch, train_on, epochs=epochs, batch_size=64, lr=0.05, seed=0)
-        folder.mkdir(parents=True, exist_ok=True)
+        state = folder / f".{name}-blend"  # where a training that was stopped goes on
+        trained = train(attack, arch, train_on, epochs=epochs, batch_size=64, lr=0.05, seed=0, checkpoint_dir=state)
         save_trigger(attack, trigger)
         write_checkpoint(weights, trained.model.state_dict())
+        shutil.rmtree(state)
     return load_model(weights, arch), load_trigger(trigger)
 
 

@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from publish import commit
 
 from debackdoor.attacks import BackdooredModel, make_attack, train
 from debackdoor.data import load_dataset
@@ -52,7 +53,9 @@ def main(
         "load": os.getloadavg()[0],
         "networks": networks,
         "attacks": rows,
+        "seed": 0,
         "versions": versions(),
+        "commit": commit(),
     }
     atomic_write_text(out, json.dumps(record, indent=1) + "\n")
 

@@ -13,6 +13,7 @@ import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
+from zoo_models import chosen_cards
 
 import debackdoor as db
 from debackdoor.attacks import load_trigger
@@ -21,7 +22,7 @@ from debackdoor.defenses import RNP
 from debackdoor.detectors.trigger import recover_trigger, search_triggers
 from debackdoor.models import load_model
 from debackdoor.types import RecoveredTrigger
-from debackdoor.zoo import list_cards, trigger_of, weights_of
+from debackdoor.zoo import trigger_of, weights_of
 
 app = typer.Typer(add_completion=False, help=__doc__)
 
@@ -61,7 +62,7 @@ def draw(
 
 def recover(name: str, zoo: Path, seed: int) -> Row:
     """What a scan recovers towards the true target, and Neural Cleanse's search on the suspect model alone."""
-    card = next(card for card in list_cards(zoo) if card.name == name)
+    (card,) = chosen_cards(zoo, [name])
     clean = db.load_clean(card.dataset, seed=seed)
     case = open_case(load_model(weights_of(zoo, name), card.arch), clean, RNP(seed=seed))
     exposed = case.unlearn(case.suspect).model

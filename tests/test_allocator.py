@@ -11,7 +11,8 @@ import pytest
 from debackdoor.allocator import keep_freed_memory
 
 COUNT = """
-import resource, sys
+import ctypes, resource, sys
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of 4 KiB, whatever the kernel is set to
 from debackdoor.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -211,20 +210,33 @@ def test_an_attack_gets_the_stored_clean_model(tmp_path: Path, monkeypatch: pyte
 # Killing it.
 
 
+KILLED = """
+import os, signal, sys
+from importlib import import_module
+from debackdoor.cli import main
+
+training, state = import_module("debackdoor.attacks.train"), sys.argv[1]
+one_epoch = training._one_epoch
+
+def last(model, batches, epoch, *rest):
+    if epoch == 2 and os.path.exists(state):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return one_epoch(model, batches, epoch, *rest)
+
+training._one_epoch = last
+sys.exit(main(sys.argv[2:]))
+"""
+
+
 def test_a_build_that_was_killed_goes_on(small_zoo: Zoo, tmp_path: Path) -> None:
-    """The real thing: SIGKILL in the middle of the second model's training."""
+    """The real thing: SIGKILL as the second model's third epoch begins."""
     zoo, manifest = tmp_path / "zoo", small_zoo[1]
-    command = [sys.executable, "-m", "debackdoor", "zoo", "build", "--manifest", manifest, "--zoo", zoo, "--quiet"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([*command, "--device", "cpu"], env=environment)
     state = zoo / "tiny" / ".building" / "patch" / "training.pt"
-    deadline = time.monotonic() + 120
-    while not state.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -9
-    done = len(torch.load(state, weights_only=True)["history"])
-    assert 1 <= done < 4
+    command = ["zoo", "build", "--manifest", manifest, "--zoo", zoo, "--quiet", "--device", "cpu"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    killed = subprocess.run([sys.executable, "-c", KILLED, state, *command], env=environment, timeout=120, check=False)
+    assert killed.returncode == -9
+    assert len(torch.load(state, weights_only=True)["history"]) == 2
     first = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (zoo / "tiny").glob("clean-1.*")}
     assert {path.suffix for path in first} == {".json", ".safetensors"}
     assert not (zoo / "tiny" / "patch.json").exists()
@@ -242,9 +254,9 @@ def test_a_build_that_was_killed_goes_on(small_zoo: Zoo, tmp_path: Path) -> None
         )
     assert [one.kept for one in built] == [True, False]
     assert {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in first} == first
-    # Of 25 steps an epoch, the first is the one after those that were kept.
-    assert reports[0] == ("2 of 2, patch", 100 * done + 4)
-    assert len(reports) == 25 * (4 - done)
+    # Of 25 steps an epoch, the first is the one after the two epochs that were kept.
+    assert reports[0] == ("2 of 2, patch", 204)
+    assert len(reports) == 25 * 2
     for file in ("clean-1.safetensors", "patch.safetensors", "patch.trigger/trigger.safetensors"):
         assert sha256_of(zoo / "tiny" / file) == sha256_of(small_zoo[0] / "tiny" / file), file
     resumed, unbroken = (read_card(folder / "tiny" / "patch.json").record() for folder in (zoo, small_zoo[0]))
