@@ -27,7 +27,7 @@ import scaling_tables
 import torch
 import typer
 from publish import commit, replace_between
-from speed_cases import victim_of
+from speed_cases import training_of, victim_of
 from torch import Tensor, nn
 
 import debackdoor as db
@@ -95,8 +95,6 @@ def run(
         record = {
             "schema": SCHEMA,
             **asdict(point),
-            "train_on": train_on,
-            "epochs": passes,
             **_measure(point, models, train_on, passes),
         }
         record |= {"threads": torch.get_num_threads(), "versions": versions(), "commit": commit()}
@@ -134,6 +132,7 @@ def _measure(point: Point, models: Path, train_on: int, epochs: int) -> dict[str
     model, _ = victim_of(name, arch, few, models, epochs)
     clean = _some(train, point.images, seed=1)
     found: dict[str, Any] = {
+        **training_of(name, models),
         "victim": weights_hash(model),
         "parameters": sum(value.numel() for value in model.parameters()),
         "channels": count_channels(find_channels(model, clean.x[:2])),

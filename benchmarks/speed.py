@@ -25,7 +25,7 @@ import speed_tables
 import torch
 import typer
 from publish import commit, replace_between
-from speed_cases import CASES, Case, fit_head, images_of, random_network, victim_of
+from speed_cases import CASES, Case, fit_head, images_of, random_network, training_of, victim_of
 from speed_loops import gemm_rates, our_loops, passes_for, published_loops, rate
 from speed_repairs import Stages, time_repairs, time_scan, time_test
 from torch import nn
@@ -83,6 +83,7 @@ def run(
             record["loops"].append(row)
             _write(target, record)
         if attack is not None:
+            record |= training_of(case.name, models)
             _whole(target, record, model, attack, clean, pairs)
 
 

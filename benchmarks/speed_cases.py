@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,9 +66,20 @@ def victim_of(name: str, arch: str, train_on: CleanSet, folder: Path, epochs: in
         state = folder / f".{name}-blend"  # where a training that was stopped goes on
         trained = train(attack, arch, train_on, epochs=epochs, batch_size=64, lr=0.05, seed=0, checkpoint_dir=state)
         save_trigger(attack, trigger)
+        _training_of(name, folder).write_text(json.dumps({"train_on": len(train_on), "epochs": epochs}) + "\n")
         write_checkpoint(weights, trained.model.state_dict())
         shutil.rmtree(state)
     return load_model(weights, arch), load_trigger(trigger)
+
+
+def training_of(name: str, folder: Path) -> dict[str, int]:
+    """From how many images, and in how many passes, the network in ``folder`` has learned: not what is asked for now."""
+    found: dict[str, int] = json.loads(_training_of(name, folder).read_text())
+    return found
+
+
+def _training_of(name: str, folder: Path) -> Path:
+    return folder / f"{name}-blend.json"
 
 
 def random_network(case: Case) -> nn.Module:
