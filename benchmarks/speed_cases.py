@@ -73,7 +73,7 @@ def victim_of(name: str, arch: str, train_on: CleanSet, folder: Path, epochs: in
 
 
 def training_of(name: str, folder: Path) -> dict[str, int]:
-    """From how many images, and in how many passes, the network in ``folder`` has learned: not what is asked for now."""
+    """From how many images, and in how many passes, the network in ``folder`` learned, whatever is asked for now."""
     found: dict[str, int] = json.loads(_training_of(name, folder).read_text())
     return found
 
