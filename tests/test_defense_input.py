@@ -96,3 +96,34 @@ def test_a_network_whose_train_returns_nothing(defense: Defense) -> None:
 def test_a_last_step_that_breaks_the_model_is_told_of(defense: FineTuning) -> None:
     with pytest.raises(ModelError, match=r"finite .*take a smaller step"):
         defense(victim(), clean_images())
+
+
+QUICK: tuple[Defense, ...] = (
+    RNP(),
+    FineTuning(epochs=1),
+    FTSAM(epochs=1),
+    ANP(iterations=2),
+    NAD(epochs=1, teacher_epochs=1),
+    ABLUnlearning(poisoned=clean_images(8), epochs=1),
+    FinePruning(epochs=1),
+)
+quick = pytest.mark.parametrize("defense", QUICK, ids=lambda defense: defense.name)
+
+
+@quick
+def test_what_the_caller_has_set_keeps_no_defence_from_learning(defense: Defense) -> None:
+    usual = defense(victim(), clean_images())
+    with torch.inference_mode():
+        clean = clean_images()
+        found = defense(victim(), CleanSet(clean.x, clean.y))
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), usual.model.parameters(), strict=True))
+
+
+@quick
+def test_images_with_a_gradient_and_with_their_channels_last_in_memory(defense: Defense) -> None:
+    clean = clean_images()
+    usual = defense(victim(), clean)
+    pixels = clean.x.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).requires_grad_()
+    found = defense(victim(), CleanSet((1.0 * pixels).permute(0, 3, 1, 2), clean.y))
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), usual.model.parameters(), strict=True))
+    assert pixels.grad is None

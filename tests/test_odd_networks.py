@@ -15,7 +15,7 @@ from channel_cases import assert_as_found, snapshot
 from debackdoor.case import Case, open_case
 from debackdoor.defenses import RNP
 from debackdoor.errors import ModelError
-from debackdoor.types import CleanSet
+from debackdoor.types import CleanSet, plain
 from rnp_cases import quadrant_set, quadrants
 
 
@@ -121,3 +121,13 @@ def test_gradients_of_the_images_are_not_asked_for() -> None:
     clean = quadrant_set()
     case = opened(quadrants(), CleanSet(clean.x.requires_grad_(), clean.y))
     assert not any(part.x.requires_grad for part in (case.clean, case.fit, case.holdout))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_may_lie_channels_last_where_the_network_calls_view(channels: int) -> None:
+    x = torch.rand(4, channels, 6, 6).permute(0, 2, 3, 1)
+    pixels = torch.empty(4 * 36 * channels).as_strided(x.shape, (36 * channels, 6 * channels, channels, 1)).copy_(x)
+    images = pixels.permute(0, 3, 1, 2)
+    found = nn.Conv2d(channels, 2, 3)(plain(images))
+    assert found.view(4, -1).shape == (4, 32)
+    assert torch.equal(plain(images), images)

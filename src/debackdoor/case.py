@@ -37,7 +37,7 @@ from debackdoor.models.forward import (
 from debackdoor.models.layout import to_faster_layout
 from debackdoor.rnp.modes import norms_that_learn
 from debackdoor.rnp.unlearn import Unlearned, unlearn
-from debackdoor.runtime import at_once, resolve_device, seeded
+from debackdoor.runtime import at_once, learning, resolve_device, seeded
 from debackdoor.types import CleanSet, Progress
 
 FEWEST_NORMS = 8
@@ -170,13 +170,8 @@ def open_case(
 @contextmanager
 def _learning(most: int, seed: int, device: torch.device) -> Iterator[None]:
     """At most so many images at once, gradients, chance of its own and float32, whatever the caller has set."""
-    usual = torch.get_default_dtype()
-    with torch.inference_mode(False), torch.enable_grad(), at_once(most), seeded(seed, device):
-        torch.set_default_dtype(torch.float32)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(usual)
+    with learning(), at_once(most), seeded(seed, device):
+        yield
 
 
 @contextmanager

@@ -119,6 +119,18 @@ def parts(count: int) -> list[slice]:
     return [slice(first, None, number) for first in range(number)]
 
 
+@contextmanager
+def learning() -> Iterator[None]:
+    """Gradients and float32, whatever the caller has set."""
+    usual = torch.get_default_dtype()
+    with torch.inference_mode(False), torch.enable_grad():
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(usual)
+
+
 def generator(seed: int) -> torch.Generator:
     """A CPU random generator of its own, so that nothing depends on or disturbs the global one."""
     return torch.Generator().manual_seed(seed)

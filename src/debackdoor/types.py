@@ -77,8 +77,24 @@ class CleanSet:
         return CleanSet(self.x.to(device), self.y.to(device), self.class_names, self.source)
 
     def detached(self) -> CleanSet:
-        """The same samples, without a gradient of the images."""
-        return CleanSet(self.x.detach(), self.y, self.class_names, self.source)
+        """The same samples, their images as of :func:`plain`."""
+        return CleanSet(
+            plain(self.x), self.y.clone() if self.y.is_inference() else self.y, self.class_names, self.source
+        )
+
+
+def plain(x: Tensor) -> Tensor:
+    """The same images without a gradient, in the order of (N, C, H, W) in memory, as networks that call ``.view`` ask.
+
+    Pixels of decoded images lie channel by channel for each place, and ``permute`` alone does not move them.
+    """
+    # Not is_contiguous(), which takes one channel for contiguous in either layout and convolutions do not.
+    usual = torch.empty(x.shape, device="meta").stride()
+    return (
+        x.detach()
+        if x.stride() == usual and not x.is_inference()
+        else x.detach().clone(memory_format=torch.contiguous_format)
+    )
 
 
 @dataclass(frozen=True)

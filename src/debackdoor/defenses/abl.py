@@ -103,13 +103,13 @@ class ABLUnlearning(Defense):
         self, model: nn.Module, judges: CleanSet, before: float, progress: Progress | None
     ) -> list[dict[str, Any]]:
         """Changes the model, and leaves it in eval mode; one row an epoch, and whether the epoch is kept."""
-        random, history = generator(self.seed), list[dict[str, Any]]()
+        random, history, poisoned = generator(self.seed), list[dict[str, Any]](), self.poisoned.detached()
         optimizer = torch.optim.SGD(model.parameters(), self.lr, self.momentum, weight_decay=self.weight_decay)
         for epoch in range(1, self.epochs + 1):
             last = copy.deepcopy(model.state_dict())
             model.train()
-            batches = shuffled_batches(len(self.poisoned), self.batch_size, random, self.poisoned.x.device)
-            errors = torch.cat([self._step(model, optimizer, self.poisoned.subset(index)) for index in batches])
+            batches = shuffled_batches(len(poisoned), self.batch_size, random, poisoned.x.device)
+            errors = torch.cat([self._step(model, optimizer, poisoned.subset(index)) for index in batches])
             check_loss(float(errors.mean()), f"epoch {epoch}", self.lr)
             now = accuracy_after(in_eval(model), judges, self.lr, self.precision)
             kept = self.budget is None or before - now <= self.budget + 1e-9

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import wraps
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from debackdoor.data import check_labels
 from debackdoor.errors import ModelError
 from debackdoor.models.copying import check_float32, copied
 from debackdoor.models.forward import accuracy, check_finite, in_eval, predict, predict_of_any
+from debackdoor.runtime import learning
 from debackdoor.types import CleanSet, Progress, RepairResult
 
 _TRIED = 32
@@ -34,6 +37,11 @@ class Defense(ABC):
     seed: int = 0
     precision: str = "auto"
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__call__" in vars(cls):
+            cls.__call__ = _learning(vars(cls)["__call__"])  # type: ignore[method-assign]
+
     @abstractmethod
     def __call__(self, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
         """A repaired copy of ``model``, which itself is not changed.
@@ -43,6 +51,17 @@ class Defense(ABC):
             clean: trusted samples on the model's device.
             progress: called from inside long loops.
         """
+
+
+def _learning(call: Callable[..., RepairResult]) -> Callable[..., RepairResult]:
+    """A defence's call that learns, whatever the caller has set, and asks for no gradient of the images."""
+
+    @wraps(call)
+    def inside(self: Defense, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
+        with learning():
+            return call(self, model, clean.detached(), progress=progress)
+
+    return inside
 
 
 def suspect_copy(model: nn.Module, clean: CleanSet, precision: str) -> nn.Module:
