@@ -131,3 +131,20 @@ def test_pixels_may_lie_channels_last_where_the_network_calls_view(channels: int
     found = nn.Conv2d(channels, 2, 3)(plain(images))
     assert found.view(4, -1).shape == (4, 32)
     assert torch.equal(plain(images), images)
+
+
+class Viewing(nn.Sequential):
+    """Calls ``.view`` on its images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        answers: Tensor = super().forward(x.view(len(x), -1).view(x.shape))
+        return answers
+
+
+def test_a_pile_may_lie_otherwise_in_memory_than_the_clean_images() -> None:
+    model, clean = Viewing(quadrants()).eval(), quadrant_set()
+    pile = clean.x[:8].transpose(2, 3).contiguous().transpose(2, 3)
+    usual, found = (
+        db.detect_samples(model, clean, x, method="strip", on="original", device="cpu") for x in (clean.x[:8], pile)
+    )
+    assert torch.equal(found.scores, usual.scores)

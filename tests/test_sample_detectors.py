@@ -180,3 +180,13 @@ def test_images_that_are_all_alike_get_one_score(detector: SampleDetector) -> No
     # The masks are learned under colours of their own.
     close = 2.0 if isinstance(detector, CognitiveDistillation) else 1e-5
     assert float(torch.cat([scores, of_clean]).max() - torch.cat([scores, of_clean]).min()) < close
+
+
+@each_detector
+def test_scores_are_the_same_in_inference_mode(detector: SampleDetector) -> None:
+    model, data = backdoored(1), rows(40)
+    usual = detector(model, data, data.x[:8], model(data.x[:8]).argmax(1))
+    with torch.inference_mode():
+        data = rows(40)
+        found = detector(model, data, data.x[:8], model(data.x[:8]).argmax(1))
+    assert all(torch.equal(a, b) for a, b in zip(found, usual, strict=True))
