@@ -12,6 +12,16 @@ from debackdoor.types import CleanSet
 SHAPE = (1, 4, 4)
 
 
+class Viewing(nn.Sequential):
+    """A convolution and a linear layer of its maps."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(nn.Conv2d(channels, 4, 3, padding=1), nn.Linear(256, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x).view(len(x), -1))
+
+
 class Toy(nn.Module):
     """Answers what pixel (0, 0) says in tenths; with the corner lit, what (0, 1) says; dropout would spoil it."""
 
@@ -122,6 +132,16 @@ def test_answers_that_are_no_numbers_are_refused() -> None:
     assert accuracy(Damaged(), EXAMPLE) == 0.75
     with pytest.raises(ModelError, match="expected finite outputs, got NaN or infinity"):
         evaluate(Damaged(), EXAMPLE, badnets())
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_may_lie_otherwise_in_memory(channels: int) -> None:
+    """As ``permute`` leaves the pixels of decoded images; the network calls ``.view`` on feature maps."""
+    pixels = torch.rand(6, 8, 8, channels)
+    test = CleanSet(pixels.permute(0, 3, 1, 2), torch.arange(6) % 2)
+    model = Viewing(channels)
+    evaluate(model, test, BadNets(image_shape=(channels, 8, 8), num_classes=2))
+    accuracy(model, test)
 
 
 def test_precision_is_that_of_a_scan() -> None:

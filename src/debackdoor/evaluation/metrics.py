@@ -59,6 +59,7 @@ def accuracy(model: nn.Module, data: CleanSet, *, precision: str = "auto") -> fl
     Raises:
         ModelError: if the model does not take the images, or its outputs are not finite.
     """
+    data = data.detached()
     return _share(_answers(model, data.x, _trusted(model, data.x, precision)) == data.y.cpu())
 
 
@@ -88,7 +89,7 @@ def evaluate(
         ModelError: if the model does not take the images, or its outputs are not finite.
     """
     attack.check_fits(test)
-    victims = test
+    victims = test = test.detached()
     if attack.mode == ALL_TO_ONE:
         others = (test.y != attack.target).nonzero()[:, 0]
         if len(others) == 0:
