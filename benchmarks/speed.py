@@ -207,6 +207,7 @@ def repair_large(
 def table(
     records: Annotated[Path, typer.Argument(help="folder of records")],
     into: Annotated[Path | None, typer.Option(help="page whose tables between the markers are replaced")] = None,
+    machine: Annotated[str, typer.Option(help="end of the markers' names, for records of another machine")] = "",
 ) -> None:
     """Markdown tables of loops, whole repairs and memory."""
     rows = [json.loads(path.read_text()) for path in sorted(records.glob("*.json"))]
@@ -214,7 +215,7 @@ def table(
         if into is None:
             typer.echo(text + "\n")
         else:
-            replace_between(into, name, text)
+            replace_between(into, f"{name}-{machine}" if machine else name, text)
 
 
 @app.command()

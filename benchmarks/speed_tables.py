@@ -27,7 +27,7 @@ _median = statistics.median
 
 
 _LOOPS = _header(
-    "network", "parameters", "unlearning: images/s, ours", "published", "ratio", "share of GEMM rate",
+    "network", "parameters", "GEMM, TFLOP/s", "unlearning: images/s, ours", "published", "ratio", "share of GEMM rate",
     "recovery: images/s, ours", "published", "ratio", "share of GEMM rate",
 )  # fmt: skip
 _WHOLE = _header(
@@ -53,7 +53,8 @@ def render(records: Sequence[Record]) -> dict[str, str]:
 
 def _loop_row(record: Record) -> str:
     rows = record["loops"]
-    cells = [record["name"], f"{record['parameters'] / 1e6:.1f} M"]
+    gemm = _median([max(row["gemm"].values()) for row in rows])
+    cells = [record["name"], f"{record['parameters'] / 1e6:.1f} M", f"{gemm / 1e12:.2f}"]
     for loop in LOOPS:
         ours = [row["ours"][loop] for row in rows]
         share = _median([found["flops"] / max(row["gemm"].values()) for found, row in zip(ours, rows, strict=True)])

@@ -83,11 +83,14 @@ def test_times_follow_from_their_records(monkeypatch: pytest.MonkeyPatch) -> Non
     page = (ROOT / "docs" / "performance.md").read_text()
     records = {
         kind: [json.loads(path.read_text()) for path in sorted((RECORDS.parent / kind).glob("*.json"))]
-        for kind in ("speed", "gpu")
+        for kind in ("speed", "speed-avx512", "gpu")
     }
-    shown = importlib.import_module("speed_tables").render(records["speed"])
+    tables = importlib.import_module("speed_tables")
+    shown = tables.render(records["speed"])
     shown["gpu"] = importlib.import_module("gpu").render(records["gpu"])
     assert {"speed-whole", "speed-loops", "speed-large", "gpu"} == set(shown)
+    shown |= {f"{name}-avx512": text for name, text in tables.render(records["speed-avx512"]).items()}
+    assert {"speed-whole-avx512", "speed-loops-avx512"} <= set(shown)
     times = importlib.import_module("zoo_times")
     shown["zoo-times"] = times.render(times.timed(RECORDS))
     shown["startup"] = importlib.import_module("startup").render(
