@@ -92,11 +92,7 @@ def run(
         if target.exists() or point.grows not in (grows or [point.grows]):
             continue
         passes = EPOCHS.get(point.width, epochs)
-        record = {
-            "schema": SCHEMA,
-            **asdict(point),
-            **_measure(point, models, train_on, passes),
-        }
+        record = {"schema": SCHEMA, **asdict(point), **_measure(point, models, train_on, passes)}
         record |= {"threads": torch.get_num_threads(), "versions": versions(), "commit": commit()}
         atomic_write_text(target, json.dumps(record, indent=1) + "\n")
         typer.echo(f"{target.stem}: scan {record['scan']['seconds']:.0f} s, repair {record['repair']['seconds']:.0f} s")

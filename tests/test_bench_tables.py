@@ -198,6 +198,7 @@ def test_the_page_has_the_ranking_and_the_whole_matrix() -> None:
         "wanet": ["-not tried", "failed *ModelError: <no> norms"],
     }
     assert [row[1][1]["class"] for row in backdoored[1:]] == ["h9", "h8", "none"]
+    assert [found["data-value"] for _, found, _ in backdoored[3][1:]] == ["", ""]  # which are sorted last
     said = {row[0][1]["data-value"]: [text for *_, text in row[1:]] for row in clean[1:]}
     assert said == {
         "clean-0": ["0.0changed 1 of 1", "3.0changed 1 of 1"],

@@ -173,6 +173,18 @@ def test_a_closed_pipe_loses_no_result(shell: Shell) -> None:
     assert record.exists()
 
 
+@pytest.mark.parametrize("code", [0, 1, 3])
+def test_a_demo_ends_as_its_repair_does(shell: Shell, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def run(_: object, command: list[str]) -> int:
+        if command[0] == "evaluate":
+            rates = {"clean_accuracy": 0.9, "attack_success_rate": 0.5}
+            Path(command[command.index("--json") + 1]).write_text(json.dumps(rates))
+        return code if command[0] == "repair" else 0
+
+    monkeypatch.setattr(importlib.import_module("debackdoor.cli.demo"), "_run", run)
+    assert shell("demo").code == code
+
+
 @pytest.mark.slow
 def test_demo(shell: Shell) -> None:
     ran = shell("demo", "--out", shell.folder / "demo")

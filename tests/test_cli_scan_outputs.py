@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, Any
 
 import pytest
 
@@ -55,20 +57,9 @@ def test_no_finding_is_hidden_by_a_full_disk(
 
 
 def test_no_finding_is_hidden_by_a_reader_that_left(shell: Shell) -> None:
-    """In a process of its own, whose end must not fail either."""
-    code = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import importlib, report_cases; "
-        "from debackdoor.cli import main; "
-        "importlib.import_module('debackdoor.scan').scan = lambda *_, **__: report_cases.report('backdoored'); "
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    tests = str(Path(__file__).parent)
-    arguments = [str(argument) for argument in scan_of(shell, "--json", "-", "--quiet")]
     read, write = os.pipe()
     os.close(read)
-    ran = subprocess.run(
-        [sys.executable, "-c", code, tests, *arguments], stdout=write, stderr=subprocess.PIPE, text=True, check=False
-    )
+    ran = in_a_process(scan_of(shell, "--json", "-", "--quiet"), stdout=write)
     os.close(write)
     assert (ran.returncode, ran.stderr) == (1, "debackdoor: the finding stands\n")
 
@@ -77,15 +68,9 @@ def test_no_finding_is_hidden_by_a_reader_that_left(shell: Shell) -> None:
 def test_a_reader_that_leaves_takes_no_file_along(shell: Shell, stream: str) -> None:
     """What is printed in a style goes through rich, which by itself would end the program."""
     record, page = shell.folder / "out.json", shell.folder / "out.html"
-    arguments = [str(argument) for argument in scan_of(shell, "--json", record, "--html", page)]
     read, write = os.pipe()
     os.close(read)
-    ran = subprocess.run(
-        [sys.executable, "-c", IN_A_PROCESS, str(Path(__file__).parent), *arguments],
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: write},
-        text=True,
-        check=False,
-    )
+    ran = in_a_process(scan_of(shell, "--json", record, "--html", page), **{stream: write})
     os.close(write)
     assert (ran.returncode, ran.stderr or "") == (1, ""), ran
     assert valid(record.read_text())["verdict"] == "backdoored"
@@ -98,6 +83,13 @@ IN_A_PROCESS = (
     "found = replace(found, suspects=(replace(found.suspects[0], name='\u732b'),)); "
     "importlib.import_module('debackdoor.scan').scan = lambda *_, **__: found; sys.exit(main(sys.argv[1:]))"
 )
+
+
+def in_a_process(arguments: Sequence[object], **streams: int | IO[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a process of its own, whose end must not fail either; scan finds a backdoor."""
+    command = [sys.executable, "-c", IN_A_PROCESS, str(Path(__file__).parent), *map(str, arguments)]
+    given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | streams
+    return subprocess.run(command, **given, text=True, check=False)
 
 
 def test_a_terminal_of_few_letters_hides_no_finding(shell: Shell) -> None:
@@ -115,15 +107,8 @@ def test_a_terminal_of_few_letters_hides_no_finding(shell: Shell) -> None:
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
 def test_words_that_cannot_be_written_hide_no_finding(shell: Shell) -> None:
-    arguments = [str(argument) for argument in scan_of(shell, "--json", shell.folder / "out.json")]
     with open("/dev/full", "w") as full:
-        ran = subprocess.run(
-            [sys.executable, "-c", IN_A_PROCESS, str(Path(__file__).parent), *arguments],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        ran = in_a_process(scan_of(shell, "--json", shell.folder / "out.json"), stdout=full)
     assert (ran.returncode, "Traceback" in ran.stderr) == (1, False), ran.stderr
     assert valid((shell.folder / "out.json").read_text())["verdict"] == "backdoored"
 
@@ -132,30 +117,18 @@ def test_words_that_cannot_be_written_hide_no_finding(shell: Shell) -> None:
 @pytest.mark.parametrize("missing", [False, True])
 def test_errors_that_cannot_be_told_change_no_exit_code(shell: Shell, missing: bool) -> None:
     """Python itself would end with 1, a finding's."""
-    arguments = [str(argument) for argument in scan_of(shell, "--json", "-", "--quiet")]
+    arguments = list(scan_of(shell, "--json", "-", "--quiet"))
     if missing:
         arguments[1] = "none.safetensors"
     with open("/dev/full", "w") as full:
-        ran = subprocess.run(
-            [sys.executable, "-c", IN_A_PROCESS, str(Path(__file__).parent), *arguments],
-            stdout=full,
-            stderr=full,
-            check=False,
-        )
+        ran = in_a_process(arguments, stdout=full, stderr=full)
     assert ran.returncode == (2 if missing else 1)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no device that is always full")
 def test_a_record_that_fills_the_disk_is_told_of(shell: Shell) -> None:
-    arguments = [str(argument) for argument in scan_of(shell, "--json", "-", "--quiet")]
     with open("/dev/full", "w") as full:
-        ran = subprocess.run(
-            [sys.executable, "-c", IN_A_PROCESS, str(Path(__file__).parent), *arguments],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
+        ran = in_a_process(scan_of(shell, "--json", "-", "--quiet"), stdout=full)
     why = "standard output was not written: No space left on device; check the disk"
     assert (ran.returncode, ran.stderr) == (1, f"debackdoor: {why}\ndebackdoor: the finding stands\n")
 

@@ -15,7 +15,8 @@ from channel_cases import assert_as_found, snapshot
 from debackdoor.case import Case, open_case
 from debackdoor.defenses import RNP
 from debackdoor.errors import ModelError
-from debackdoor.types import CleanSet, plain
+from debackdoor.runtime import contiguous
+from debackdoor.types import CleanSet
 from rnp_cases import quadrant_set, quadrants
 
 
@@ -128,9 +129,9 @@ def test_pixels_may_lie_channels_last_where_the_network_calls_view(channels: int
     x = torch.rand(4, channels, 6, 6).permute(0, 2, 3, 1)
     pixels = torch.empty(4 * 36 * channels).as_strided(x.shape, (36 * channels, 6 * channels, channels, 1)).copy_(x)
     images = pixels.permute(0, 3, 1, 2)
-    found = nn.Conv2d(channels, 2, 3)(plain(images))
+    found = nn.Conv2d(channels, 2, 3)(contiguous(images))
     assert found.view(4, -1).shape == (4, 32)
-    assert torch.equal(plain(images), images)
+    assert torch.equal(contiguous(images), images)
 
 
 class Viewing(nn.Sequential):

@@ -24,7 +24,8 @@ from debackdoor.models.forward import predict
 from debackdoor.repair import repair_unchecked
 from debackdoor.rnp.modes import normalisation_learns
 from debackdoor.rnp.unlearn import Unlearned
-from debackdoor.types import CleanSet, Progress, SampleScores, plain
+from debackdoor.runtime import contiguous
+from debackdoor.types import CleanSet, Progress, SampleScores
 
 DETECTORS: dict[str, type[SampleDetector]] = {
     kind.name: kind for kind in (ExposedMargin, STRIP, CognitiveDistillation, SpectralSignatures, ActivationClustering)
@@ -88,7 +89,7 @@ def detect_samples(
     checked_pile(clean, pile, torch.zeros(pile.shape[:1], dtype=torch.int64))
     case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory)
     with case.within_memory():
-        return _judge(case, plain(pile.to(case.clean.x.device)), method, on, false_positive_rate)
+        return _judge(case, contiguous(pile.detach().to(case.clean.x.device)), method, on, false_positive_rate)
 
 
 def _judge(case: Case, pile: Tensor, method: str, on: str, false_positive_rate: float) -> SampleScores:

@@ -149,6 +149,16 @@ def sent(value: Tensor, place: torch.device) -> Tensor:
     return value.to(place, non_blocking=True)
 
 
+def contiguous(x: Tensor) -> Tensor:
+    """The same images in the order of (N, C, H, W) in memory, which networks that call ``.view`` ask for.
+
+    A tensor that was made in inference mode becomes one that can be learned from.
+    """
+    # Not x.contiguous(), which takes one channel for contiguous in either layout, as convolutions do not.
+    usual = torch.empty(x.shape, device="meta").stride()
+    return x if x.stride() == usual and not x.is_inference() else x.clone(memory_format=torch.contiguous_format)
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, what draws from torch's own generators, as dropout does, is seeded; they are then put back.

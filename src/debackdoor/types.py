@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from debackdoor.errors import DataError
+from debackdoor.runtime import contiguous
 
 Progress = Callable[[str, int, int, Mapping[str, float]], None]
 """Called as ``progress(stage, done, total, numbers)`` from inside long loops."""
@@ -77,24 +78,9 @@ class CleanSet:
         return CleanSet(self.x.to(device), self.y.to(device), self.class_names, self.source)
 
     def detached(self) -> CleanSet:
-        """The same samples, their images as of :func:`plain`."""
-        return CleanSet(
-            plain(self.x), self.y.clone() if self.y.is_inference() else self.y, self.class_names, self.source
-        )
-
-
-def plain(x: Tensor) -> Tensor:
-    """The same images without a gradient, in the order of (N, C, H, W) in memory, as networks that call ``.view`` ask.
-
-    Pixels of decoded images lie channel by channel for each place, and ``permute`` alone does not move them.
-    """
-    # Not is_contiguous(), which takes one channel for contiguous in either layout and convolutions do not.
-    usual = torch.empty(x.shape, device="meta").stride()
-    return (
-        x.detach()
-        if x.stride() == usual and not x.is_inference()
-        else x.detach().clone(memory_format=torch.contiguous_format)
-    )
+        """The same samples, their images without a gradient and contiguous."""
+        y = self.y.clone() if self.y.is_inference() else self.y
+        return CleanSet(contiguous(self.x.detach()), y, self.class_names, self.source)
 
 
 @dataclass(frozen=True)

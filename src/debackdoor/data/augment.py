@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from debackdoor.runtime import sent
+from debackdoor.runtime import contiguous, sent
 
 
 def random_shift_by(x: Tensor, share: float, random: torch.Generator) -> Tensor:
@@ -34,9 +34,7 @@ def random_shift(x: Tensor, pixels: int | tuple[int, int], random: torch.Generat
     columns = torch.arange(width, device=x.device) + offsets[1]
     sample = torch.arange(n, device=x.device)[:, None, None]
     padded = F.pad(x, (across, across, down, down)).permute(0, 2, 3, 1)
-    found = padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    # Not contiguous(), which takes one channel for contiguous in either layout and convolutions do not.
-    return found.clone(memory_format=torch.contiguous_format)
+    return contiguous(padded[sample, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2))
 
 
 def random_view(x: Tensor, random: torch.Generator) -> Tensor:

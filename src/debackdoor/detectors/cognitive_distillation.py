@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from debackdoor.detectors.sample_base import SampleDetector, checked_numbers, checked_pile
 from debackdoor.errors import DebackdoorError, check_count, check_positive
 from debackdoor.models.forward import eval_mode, logits_of, predict
-from debackdoor.runtime import at_most, autocast, generator, learning, sent
-from debackdoor.types import CleanSet, Progress, plain
+from debackdoor.runtime import at_most, autocast, contiguous, generator, learning, sent
+from debackdoor.types import CleanSet, Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class CognitiveDistillation(SampleDetector):
         checked_pile(clean, images, answers)
         random, found = generator(self.seed), []
         with learning(), eval_mode(model):
-            both = torch.cat([plain(images), plain(clean.x)])
+            both = torch.cat([contiguous(images.detach()), contiguous(clean.x.detach())])
             for batch in both.split(at_most(self.batch_size)):
                 masks = self.distil(model, batch, random)
                 found.append(-masks.flatten(1).sum(1))

@@ -108,11 +108,8 @@ def find_finished(entry: Entry, folder: str | Path) -> Card | None:
     if not weights.is_file() or sha256_of(weights) != card.sha256:
         return None
     if entry.attack != CLEAN:
-        trigger = trigger_of(folder, entry.name)
-        if not (trigger / "trigger.json").is_file():
-            return None
         try:
-            found = load_trigger(trigger)
+            found = load_trigger(trigger_of(folder, entry.name))
         except TriggerError:
             return None
         check_same(str(path), settings_of(entry.make_attack(found.image_shape, found.num_classes)), settings_of(found))
