@@ -60,7 +60,7 @@ def test_a_faint_pattern_is_shown_loud_and_on_images_as_it_is(page: Any) -> None
 def test_a_faint_pattern_is_shown_where_no_trigger_was_recovered(page: Any) -> None:
     pictures = replace(everything(), trigger=None, pattern=cases.pattern())
     found = page(cases.scan() | {"trigger": None}, pictures=pictures)
-    assert "A faint pattern that does the same to all images" in found.words
+    assert "A faint pattern that sends images there" in found.words
     assert found.alts("The same image with the pattern") == ["The same image with the pattern"] * 6
     assert "The recovered trigger" not in found.words
 
