@@ -83,7 +83,7 @@ def test_verdicts(
     assert re.search(message, report.message)
     assert report.score == found.score
     assert report.all_to_all == found.all_to_all
-    assert (report.score >= 1) == (verdict == "backdoored" or found.exposed)
+    assert found.exposed == (verdict == "backdoored")
     assert (report.trigger.label if report.trigger else None) == (labels[0] if labels else None)
 
 

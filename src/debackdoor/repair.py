@@ -15,7 +15,7 @@ from debackdoor.defenses.relearn import relearn
 from debackdoor.defenses.rnp import RNP, Exposure
 from debackdoor.detectors.evidence import SUSPICIOUS, Evidence, remains
 from debackdoor.detectors.label import PileUp, largest_pile_up
-from debackdoor.detectors.words import findings, near, nothing_found
+from debackdoor.detectors.words import disagreement, findings, near, nothing_found
 from debackdoor.errors import check_fraction
 from debackdoor.memory import DEFAULT
 from debackdoor.models.copying import copied
@@ -146,6 +146,12 @@ def _nothing(unlearned: Unlearned, evidence: Evidence) -> Verification:
     """What there is to say of a model that is left as it is."""
     pile_up = largest_pile_up(unlearned.history)
     numbers = {"pile_up_label": pile_up.label, "pile_up_share": pile_up.share, **evidence.numbers("before")}
+    if evidence.disagree:
+        message = (
+            f"inconclusive: {disagreement(evidence)}; the model is left as it is; give more clean images or another "
+            "seed"
+        )
+        return Verification(False, None, numbers, message, conclusive=False)
     if not unlearned.forgot:
         message = (
             f"inconclusive: the clean task was not unlearned (accuracy {unlearned.accuracy:.0%}), so nothing could "

@@ -15,11 +15,11 @@ from torch import nn
 
 from debackdoor.case import Case, open_case
 from debackdoor.defenses.rnp import RNP, Exposure
-from debackdoor.detectors.evidence import BACKDOORED, SUSPICIOUS, WHOLE_MODEL, Evidence
+from debackdoor.detectors.evidence import BACKDOORED, SUSPICIOUS, Evidence
 from debackdoor.detectors.label import growth, largest_pile_up, peak_share
 from debackdoor.detectors.shortcut import lead
 from debackdoor.detectors.trigger import recover_trigger, search_triggers
-from debackdoor.detectors.words import findings, near, nothing_found
+from debackdoor.detectors.words import disagreement, findings, near, nothing_found
 from debackdoor.errors import ChanceError, TooFewError, in_one_line
 from debackdoor.fusing import fused
 from debackdoor.memory import DEFAULT
@@ -117,13 +117,9 @@ def _spared(verdict: str, what: str, failures: list[str]) -> Iterator[None]:
 def _judge(evidence: Evidence, exposure: Exposure) -> tuple[str, str]:
     """The verdict and the sentence that goes with it."""
     if evidence.score >= BACKDOORED:
-        found = "; ".join(findings(evidence))
-        if _disagree(evidence):
-            return "inconclusive", (
-                f"{found}; such signs of one model should name one label: scan again with more clean images or "
-                "another seed"
-            )
-        return "backdoored", found
+        if evidence.disagree:
+            return "inconclusive", f"{disagreement(evidence)}: scan again with more clean images or another seed"
+        return "backdoored", "; ".join(findings(evidence))
     if not exposure.unlearned.forgot:
         return "inconclusive", (
             f"the clean task was not unlearned (accuracy {exposure.unlearned.accuracy:.0%}), so nothing could be "
@@ -132,14 +128,6 @@ def _judge(evidence: Evidence, exposure: Exposure) -> tuple[str, str]:
     if evidence.score >= SUSPICIOUS:
         return "suspicious", f"{near(evidence)}; scan again with more clean images or another seed"
     return "clean", nothing_found(evidence)
-
-
-def _disagree(evidence: Evidence) -> bool:
-    """Whether the model-wide signs name different labels, and no trigger was found towards any of them, or to many."""
-    reasons = evidence.reasons
-    wide = [label for label, names in reasons.items() if set(WHOLE_MODEL) & set(names)]
-    backed = [label for label, names in reasons.items() if len(names) > 1 or not set(WHOLE_MODEL) & set(names)]
-    return len(wide) > 1 and not backed and not evidence.all_to_all
 
 
 def _recover(case: Case, exposure: Exposure, label: int) -> RecoveredTrigger:

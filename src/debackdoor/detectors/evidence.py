@@ -110,7 +110,7 @@ class Evidence:
 
     @property
     def score(self) -> float:
-        """The strongest sign as a multiple of its threshold: at least 1 where a backdoor is exposed."""
+        """The strongest sign as a multiple of its threshold: at least 1 where one counts."""
         return max(self.shortcuts.spread / STANDS_OUT, *(max(signs.values()) for signs in self.strengths.values()))
 
     @property
@@ -129,8 +129,16 @@ class Evidence:
         return self.shortcuts.spread >= STANDS_OUT
 
     @property
+    def disagree(self) -> bool:
+        """Whether the model-wide signs name different labels, and no trigger leads to any of them, or to many."""
+        wide = [label for label, names in self.reasons.items() if set(WHOLE_MODEL) & set(names)]
+        backed = [label for label, names in self.reasons.items() if len(names) > 1 or not set(WHOLE_MODEL) & set(names)]
+        return len(wide) > 1 and not backed and not self.all_to_all
+
+    @property
     def exposed(self) -> bool:
-        return self.all_to_all or bool(self.reasons)
+        """Whether a backdoor is: something counts, and the signs do not disagree."""
+        return (self.all_to_all or bool(self.reasons)) and not self.disagree
 
     @property
     def label(self) -> int | None:

@@ -26,6 +26,11 @@ def findings(evidence: Evidence) -> list[str]:
     return found
 
 
+def disagreement(evidence: Evidence) -> str:
+    """The clause for a model whose model-wide signs name different labels."""
+    return f"{'; '.join(findings(evidence))}; such signs of one model should name one label"
+
+
 def nothing_found(evidence: Evidence) -> str:
     """The clause for a model in which no sign reaches its threshold."""
     gathered = ""
