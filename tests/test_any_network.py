@@ -86,7 +86,11 @@ QUICK: dict[str, Any] = {"batch_size": 20, "shift": 0.0, "precision": "fp32"}
 def test_networks_that_keep_activations_are_taken(act: Callable[..., Any]) -> None:
     model = Keeping(quadrants())
     model(quadrant_set(4).x)  # so that it holds some to begin with
-    act(model, quadrant_set(), device="cpu", precision="fp32")
+    kept = act(model, quadrant_set(), device="cpu", precision="fp32")
+    plain = act(quadrants(), quadrant_set(), device="cpu", precision="fp32")
+    assert kept.history == plain.history
+    found, expected = ((one.ranking if act is db.scan else one.plan) for one in (kept, plain))
+    assert [(item.index, item.score) for item in found] == [(item.index, item.score) for item in expected]
 
 
 @pytest.mark.parametrize("defense", [RNP(), ANP(iterations=2, **QUICK)])
@@ -152,14 +156,31 @@ def test_a_network_that_gives_no_gradient_is_refused(change: Callable[[nn.Sequen
         db.scan(change(quadrants()), quadrant_set(), device="cpu", precision="fp32")
 
 
-def test_a_network_that_knows_float32_alone_is_taken() -> None:
-    class Strict(nn.Sequential):
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = super().forward(x)
-            if out.dtype != torch.float32:
-                raise TypeError("expected float32")
-            return out
+class Strict(nn.Sequential):
+    """Knows one type alone."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = super().forward(x)
+        if out.dtype != torch.float32:
+            raise TypeError("expected float32")
+        return out
+
+
+@pytest.mark.parametrize(
+    "defense",
+    [
+        RNP(),
+        ANP(iterations=2, batch_size=20, shift=0.0),
+        ANP(iterations=2, **QUICK),
+        NAD(epochs=1, teacher_epochs=1, batch_size=20, shift=0.0),
+    ],
+    ids=lambda defense: f"{type(defense).__name__}-{defense.precision}",
+)
+def test_defences_take_networks_that_know_float32_alone(defense: Defense) -> None:
+    assert defense(Strict(*quadrants()), quadrant_set()).clean_accuracy["before"] > 0.9
+
+
+def test_a_network_that_knows_float32_alone_is_taken() -> None:
     case = open_case(Strict(*quadrants()), quadrant_set(), RNP(), "cpu")
     assert case.method.precision == ("fp32" if has_fast_bf16(torch.device("cpu")) else "auto")
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import spectral_norm, weight_norm
+from torch.nn.utils import prune, spectral_norm, weight_norm
 
 from debackdoor.errors import ModelError
 from debackdoor.models.copying import copied
@@ -51,6 +51,14 @@ def test_weights_that_a_hook_computes_are_refused(change: type, called: bool) ->
             model(torch.ones(1, 2))
     with pytest.raises(ModelError, match=r"computed weights in '1'; after .* call remove_weight_norm or"):
         copied(model)
+
+
+def test_weights_under_a_mask_of_torchs_pruning_are_refused() -> None:
+    model = nn.Sequential(prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.3))
+    with pytest.raises(ModelError, match=r"computed weights in '0'; .*after those of torch.nn.utils.prune its remove"):
+        copied(model)
+    prune.remove(model[0], "weight")
+    assert copied(model)[0].weight.equal(model[0].weight)
 
 
 def test_what_cannot_be_copied_is_refused() -> None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import debackdoor as db
 from channel_cases import assert_as_found, snapshot
 from debackdoor.case import Case, open_case
-from debackdoor.defenses import RNP
+from debackdoor.defenses import ANP, RNP, Defense, FineTuning
 from debackdoor.errors import ModelError
-from debackdoor.runtime import contiguous
+from debackdoor.runtime import contiguous, learning
 from debackdoor.types import CleanSet
 from rnp_cases import quadrant_set, quadrants
 
@@ -149,3 +149,39 @@ def test_a_pile_may_lie_otherwise_in_memory_than_the_clean_images() -> None:
         db.detect_samples(model, clean, x, method="strip", on="original", device="cpu") for x in (clean.x[:8], pile)
     )
     assert torch.equal(found.scores, usual.scores)
+
+
+def test_a_callers_default_device_changes_nothing() -> None:
+    """Numbers drawn on the CPU would be asked for elsewhere; "meta" stands for a GPU."""
+    model, clean, images = quadrants(), quadrant_set(), quadrant_set(8).x
+    usual = db.scan(model, clean, device="cpu", precision="fp32")
+    with torch.device("meta"):
+        assert db.load_clean("digits", limit=20).x.device.type == "cpu"
+        report = db.scan(model, clean, device="cpu", precision="fp32")
+        assert FineTuning(epochs=1, batch_size=20, shift=0.0)(model, clean).clean_accuracy["after"] > 0.5
+        assert db.detect_samples(model, clean, images, device="cpu").scores.device.type == "cpu"
+        assert torch.empty(1).device.type == "meta"
+    assert (report.verdict, report.score) == (usual.verdict, usual.score)
+
+
+def test_a_caller_who_forbids_what_is_not_deterministic_is_warned_instead() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with learning():
+            assert torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"), [(Closure, "a function holds on to 'body"), (SharedMemory, "in one memory")]
+)
+@pytest.mark.parametrize("defense", [FineTuning(epochs=1), RNP(), ANP(iterations=2)], ids=lambda d: type(d).__name__)
+def test_defences_refuse_what_a_copy_would_not_hold(model: type[nn.Module], said: str, defense: Defense) -> None:
+    suspect = model().eval()
+    before = snapshot(suspect)
+    with pytest.raises(ModelError, match=said):
+        defense(suspect, quadrant_set())
+    assert_as_found(suspect, before)

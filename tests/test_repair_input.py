@@ -74,6 +74,10 @@ BAD: dict[str, tuple[Callable[[], nn.Module], Callable[[], CleanSet], type[Excep
         lambda: with_head(lambda head: head.bias.copy_(torch.tensor([9.0, 0, 0, 0]))),
         lambda: relabelled((torch.arange(80) > 70).long()), ModelError, "no better than chance",
     ),
+    "too few of another class": (
+        quadrants, lambda: relabelled((torch.arange(20) > 17).long()), DataError,
+        "got 20, of which 90% are of one class; add images",
+    ),
     "one class": (quadrants, lambda: relabelled(torch.ones(80).long()), DataError, "at least 2 classes, got only"),
     "too few": (quadrants, lambda: quadrant_set(19), DataError, "at least 20 clean images, got 19"),
     "labels out of range": (

@@ -6,8 +6,7 @@ Everything is chosen from the clean set alone: its fit part teaches, its hold-ou
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
@@ -22,9 +21,9 @@ from debackdoor.detectors.evidence import FAINT, Evidence
 from debackdoor.detectors.examination import Examination
 from debackdoor.detectors.label import RUNS, largest_pile_up, most_repeated, repeated_shares, unlearn_parts
 from debackdoor.detectors.margin import FEWEST_CLASSES
-from debackdoor.errors import ChanceError, DebackdoorError, ModelError, UnsupportedError, check_positive
+from debackdoor.errors import ChanceError, DebackdoorError, ModelError, TooFewError, UnsupportedError, check_positive
 from debackdoor.memory import DEFAULT, images_within
-from debackdoor.models.copying import check_float32, copied
+from debackdoor.models.copying import apart, standalone_copy
 from debackdoor.models.forward import (
     accuracy,
     check_finite,
@@ -155,8 +154,8 @@ def open_case(
         raise DebackdoorError(f"expected a seed from 0 to 2147483647, got {method.seed!r}; correct it")
     place = resolve_device(device)
     with _learning(AT_FIRST, method.seed, place):
-        suspect, clean = in_eval(_copied(model).to(place)), clean.to(place).detached()
-        with _apart(model):
+        suspect, clean = in_eval(standalone_copy(model).to(place)), clean.to(place).detached()
+        with apart(model):
             check_works(suspect, clean, "fp32" if method.precision == "auto" else method.precision)
         method = replace(method, precision=trusted_precision(suspect, clean.x[:AT_FIRST], method.precision))
         _check_gradient(suspect, clean.x[:FEW])
@@ -172,55 +171,6 @@ def _learning(most: int, seed: int, device: torch.device) -> Iterator[None]:
     """At most so many images at once, gradients, chance of its own and float32, whatever the caller has set."""
     with learning(), at_once(most), seeded(seed, device):
         yield
-
-
-@contextmanager
-def _apart(model: nn.Module) -> Iterator[None]:
-    """Checks that a copy that is called inside calls no module of the caller's network, of which it would change some.
-
-    Raises:
-        ModelError: if it does.
-    """
-    called: list[str] = []
-    here = threading.get_ident()  # the caller may use the network in another thread meanwhile
-
-    def hook_of(name: str) -> Callable[..., None]:
-        return lambda *_: called.append(name) if threading.get_ident() == here else None
-
-    hooks = [module.register_forward_pre_hook(hook_of(name or "itself")) for name, module in model.named_modules()]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if called:
-        raise ModelError(
-            f"expected a network whose copy stands alone, got one in which a function holds on to {called[0]!r}; write "
-            "it as a method of the module"
-        )
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A copy of the caller's model.
-
-    Raises:
-        ModelError: if it is of a kind that cannot be copied or whose weights cannot be exchanged.
-    """
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        raise ModelError(f"expected the network itself, got it inside {type(model).__name__}; pass model.module")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("expected a network in Python, got a compiled ScriptModule; pass the one it was made from")
-    if any("_orig_mod" in module._modules for module in model.modules()):
-        raise ModelError("expected a network as it was written, got one from torch.compile; pass what it was made from")
-    check_float32(model)
-    owners: dict[int, str] = {}
-    for name, value in model.named_parameters():
-        if value.numel() and owners.setdefault(value.data_ptr(), name) != name:
-            raise ModelError(
-                f"expected weights of their own, got {owners[value.data_ptr()]} and {name} in one memory, which a copy "
-                "would part; give both modules the same Parameter"
-            )
-    return copied(model)
 
 
 def _check_gradient(model: nn.Module, x: Tensor) -> None:
@@ -249,7 +199,8 @@ def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> N
     """Checks that the clean set fits the model and that the model can classify it.
 
     Raises:
-        DataError: if the clean set is too small, holds one class only, or has labels the model does not know.
+        DataError: if the clean set is too small, holds one class only or hardly another, or has labels the model does
+            not know.
         ModelError: if the model's answers do not depend on the image, or are not finite.
         ChanceError: if they are no better than chance.
     """
@@ -260,8 +211,14 @@ def check_works(model: nn.Module, clean: CleanSet, precision: str = "auto") -> N
         raise ModelError("expected outputs that depend on the image, got the same for all; the weights are not trained")
     reached, n = accuracy(logits, clean.y), len(clean)
     chance = float(torch.bincount(clean.y).max()) / n
+    better = chance + 3 * math.sqrt(chance * (1 - chance) / n)
+    if better >= 1:
+        raise TooFewError(
+            f"expected enough images of several classes to tell the model from chance, got {n}, of which {chance:.0%} "
+            "are of one class; add images of the others"
+        )
     height, width = clean.x.shape[-2:]
-    if reached < chance + 3 * math.sqrt(chance * (1 - chance) / n):
+    if reached < better:
         raise ChanceError(
             f"expected the model to classify the clean images, got accuracy {reached:.1%}, no better than chance; "
             f"check the labels' order, --arch, whether the model is for images of {height}x{width} pixels, and whether "

@@ -86,7 +86,7 @@ def detect_samples(
             f"got '{on}'; choose another"
         )
     pile = images.x if isinstance(images, CleanSet) else images
-    checked_pile(clean, pile, torch.zeros(pile.shape[:1], dtype=torch.int64))
+    checked_pile(clean, pile, torch.zeros(pile.shape[:1], dtype=torch.int64, device=pile.device))
     case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory)
     with case.within_memory():
         return _judge(case, contiguous(pile.detach().to(case.clean.x.device)), method, on, false_positive_rate)

@@ -8,7 +8,7 @@ import platform
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -121,9 +121,16 @@ def parts(count: int) -> list[slice]:
 
 @contextmanager
 def learning() -> Iterator[None]:
-    """Gradients and float32, whatever the caller has set."""
+    """Gradients, float32 and new tensors on the CPU, whatever the caller has set.
+
+    Where torch is to refuse what has no deterministic algorithm, it warns instead: the searches need one gradient that
+    has none on a GPU.
+    """
     usual = torch.get_default_dtype()
-    with torch.inference_mode(False), torch.enable_grad():
+    strict = torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    # A mode of its own only where it is needed, since it is asked at every call of torch.
+    on_cpu = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with torch.inference_mode(False), torch.enable_grad(), on_cpu, deterministic_algorithms(strict):
         torch.set_default_dtype(torch.float32)
         try:
             yield

@@ -60,12 +60,12 @@ def read(source: ImageSource, indices: Indices, image_size: int | None) -> Clean
         DataError: if an image cannot be read, or differs in size from the first while ``image_size`` is None.
     """
     order = np.argsort(indices, kind="stable")
-    x, first = torch.empty(0), ""
+    x, first = torch.empty(0, device="cpu"), ""
     for position, (where, pixels) in zip(order, source.images(indices[order]), strict=True):
         image = _to_tensor(where, pixels, image_size)
         if not first:
             # Filled in place: a list of images and its stack would need the memory twice.
-            x, first = torch.empty(len(indices), *image.shape, dtype=torch.float32), where
+            x, first = torch.empty(len(indices), *image.shape, dtype=torch.float32, device="cpu"), where
         elif image.shape != x.shape[1:]:
             raise DataError(
                 f"{where}: expected {_size(x[0])} pixels as in {first}, got {_size(image)}; "

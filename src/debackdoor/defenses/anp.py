@@ -129,7 +129,7 @@ class _Game:
 
     def __init__(self, model: nn.Module, layers: Sequence[MaskableLayer], fit: CleanSet, settings: ANP) -> None:
         self.model, self.fit, self.settings = copied(model), fit, settings
-        to_faster_layout(self.model, fit.x[:2])
+        to_faster_layout(self.model, fit.x[:2], settings.precision)
         normalisation_in_train_mode(self.model)
         self.parameters = {name: value.detach() for name, value in self.model.named_parameters()}
         # Statistics that norms update while they use those of the batch: they are read by nobody.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, ClassVar
 
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from debackdoor.data import check_labels
 from debackdoor.errors import ModelError
-from debackdoor.models.copying import check_float32, copied
-from debackdoor.models.forward import accuracy, check_finite, in_eval, predict, predict_of_any
-from debackdoor.runtime import learning
+from debackdoor.models.copying import apart, standalone_copy
+from debackdoor.models.forward import accuracy, check_finite, in_eval, predict, predict_of_any, trusted_precision
+from debackdoor.runtime import has_fast_bf16, learning
 from debackdoor.types import CleanSet, Progress, RepairResult
 
 _TRIED = 32
@@ -54,12 +54,19 @@ class Defense(ABC):
 
 
 def _learning(call: Callable[..., RepairResult]) -> Callable[..., RepairResult]:
-    """A defence's call that learns, whatever the caller has set, and asks for no gradient of the images."""
+    """A defence's call that learns, whatever the caller has set, and asks for no gradient of the images.
+
+    As in a repair, it computes in float32 where the model cannot be trusted in bfloat16.
+    """
 
     @wraps(call)
     def inside(self: Defense, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
+        clean = clean.detached()
         with learning():
-            return call(self, model, clean.detached(), progress=progress)
+            if self.precision == "auto" and has_fast_bf16(clean.x.device):
+                suspect = suspect_copy(model, clean, "fp32")
+                self = replace(self, precision=trusted_precision(suspect, clean.x[:_TRIED], "auto"))
+            return call(self, model, clean, progress=progress)
 
     return inside
 
@@ -68,12 +75,13 @@ def suspect_copy(model: nn.Module, clean: CleanSet, precision: str) -> nn.Module
     """A copy of the suspect model in eval mode, once it is known that the clean set fits it.
 
     Raises:
-        ModelError: if its weights are not float32, it does not take the images, or its answers are not finite.
+        ModelError: if its weights are not float32 or no copy of them stands alone, it does not take the images, or its
+            answers are not finite.
         DataError: if the clean set has labels that it does not know.
     """
-    check_float32(model)
-    suspect = in_eval(copied(model))
-    logits = predict_of_any(suspect, clean.x[:_TRIED], precision=precision)
+    suspect = in_eval(standalone_copy(model))
+    with apart(model):
+        logits = predict_of_any(suspect, clean.x[:_TRIED], precision=precision)
     check_finite(logits)
     check_labels(clean, logits.shape[1])
     return suspect

@@ -15,7 +15,7 @@ from torch import nn
 
 from debackdoor.channels import MaskableLayer, find_channels, norms_or_all
 from debackdoor.data import split_clean
-from debackdoor.defenses.base import Defense, suspect_copy
+from debackdoor.defenses.base import Defense, differ, suspect_copy
 from debackdoor.defenses.levels import HOLDOUT
 from debackdoor.errors import check_fraction
 from debackdoor.fusing import fused_under_masks
@@ -147,7 +147,7 @@ class RNP(Defense):
             Step("prune", self._rule(), {"channels": len(plan), "accuracy": rates["after"]}),
         )
         history = {"unlearn": exposure.unlearned.history, "recover": exposure.recovered.history}
-        return RepairResult(repaired, plan, rates, None, history, steps, changed=bool(plan))
+        return RepairResult(repaired, plan, rates, None, history, steps, changed=bool(plan) and differ(model, repaired))
 
     def _rule(self) -> str:
         if self.threshold is not None:

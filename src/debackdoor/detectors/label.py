@@ -36,7 +36,7 @@ class PileUp:
     Attributes:
         label: the label with the largest share.
         share: of the answers, a fraction: the label's largest at any check, and of several unlearnings the smallest of
-            these.
+            these, less what the label has of the images beyond an equal part.
     """
 
     label: int
