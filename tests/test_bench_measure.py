@@ -37,14 +37,23 @@ def test_other_images_than_those_of_the_card_are_refused(zoo: Path, tmp_path: Pa
         measure(Settings(tmp_path / "zoo", "cpu"), Cell("patch", "ft-0.01", 0, 120))
 
 
-def test_a_fine_tuning_that_fails_takes_nothing_from_the_defence(zoo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (DebackdoorError("it diverged"), "it diverged"),
+        (RuntimeError("CUDA out of memory"), "RuntimeError: CUDA out of memory"),
+    ],
+)
+def test_a_fine_tuning_that_fails_takes_nothing_from_the_defence(
+    zoo: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
     class Diverging(FineTuning):
         def __call__(self, model: nn.Module, clean: CleanSet, **_: Any) -> RepairResult:
-            raise DebackdoorError("it diverged")
+            raise error
 
     monkeypatch.setattr(measuring, "FineTuning", Diverging)
     found = measure(Settings(zoo, "cpu", fine_tune=True), Cell("patch", "ft-0.01", 0, 60))
-    assert (found["error"], found["fine_tuning_error"]) == (None, "it diverged")
+    assert (found["error"], found["fine_tuning_error"]) == (None, said)
     assert set(found["clean_accuracy"]) == {"before", "after"}
     assert found["der"] > 0
 

@@ -52,6 +52,10 @@ def test_the_scans_record_comes_from_the_same_look(
     monkeypatch.setattr(importlib.import_module("debackdoor.cli.output"), "atomic_write_text", full_disk)
     ran = shell(*repair_of(shell, "--out", out, "--overwrite", "--scan-json", scanned))
     assert (ran.code, "scan.json was not written: No space left on device" in ran.err) == (2, True)
+    stand_in.error = RuntimeError("out of memory")
+    ran = shell(*repair_of(shell, "--out", out, "--overwrite", "--scan-json", scanned))
+    assert (ran.code, "out of memory" in ran.err) == (1, True)
+    assert "scan.json was not written: No space left on device" in ran.err
 
 
 def test_repair_writes_the_model_and_its_record(shell: Shell, stand_in: StandIn) -> None:

@@ -213,6 +213,21 @@ def test_no_form_takes_the_place_of_a_network_or_named_images(
     assert (folder / target).read_bytes() == before
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_what_a_run_wrote_beside_a_network_of_transformers_is_replaced(
+    shell: Shell, stand_in: StandIn, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, given = shell.folder / "vit", []
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    checkpoint = shell.checkpoint()
+    monkeypatch.setattr("debackdoor.models.load.resolve_arch", lambda *_: given.append("opened") or 1 / 0)
+    for _ in range(2):
+        shell("scan", checkpoint, "--arch", f"hf:{folder}", "--clean", "digits", form, folder / "written")
+        (folder / "written").write_text("of the first run")
+    assert len(given) == 2
+
+
 @pytest.mark.parametrize("arch", ["./:f", "../:x", "/:x", "a/../:f", "net.:f"])
 def test_a_network_that_is_neither_file_nor_module_is_refused_in_one_sentence(shell: Shell, arch: str) -> None:
     ran = shell("scan", shell.checkpoint(), "--arch", arch, "--clean", "digits", "--json", shell.folder / "a.json")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 
 from data_cases import make_folder, one_sentence, png, reds
 from debackdoor.data import load_clean, load_dataset
+from debackdoor.data.load import open_source
 from debackdoor.errors import DataError
 
 
@@ -29,6 +32,34 @@ def test_folder_orders_classes_by_name_and_ignores_what_is_no_image(tmp_path: Pa
     assert reds(clean) == [10, 11, 12, 0, 1]
     assert clean.x.dtype == torch.float32
     assert clean.x.shape == (5, 3, 4, 4)
+
+
+def test_a_pile_is_all_images_below_also_behind_links(tmp_path: Path) -> None:
+    root, elsewhere = make_folder(tmp_path / "pile", {"ant": 2}), make_folder(tmp_path / "elsewhere", {"bee": 3})
+    (root / "linked").symlink_to(elsewhere)
+    (root / "ant" / "back").symlink_to(root)
+    (root / ".hidden").symlink_to(elsewhere)
+    (root / "single.png").write_bytes(png(4))
+    pile = open_source(root, "test", labelled=False)
+    assert [str(file.relative_to(root)) for file in pile.files] == [
+        *(f"ant/{number}.png" for number in range(2)),
+        *(f"linked/bee/{number}.png" for number in range(3)),
+        "single.png",
+    ]
+
+
+def test_a_folder_of_a_pile_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_folder(tmp_path, {"ant": 2, "bee": 2})
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("bee"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match=r"bee: cannot be read \(Permission denied\); check the folder"):
+        open_source(root, "test", labelled=False)
 
 
 def test_folder_of_numbers_is_labelled_by_them(tmp_path: Path) -> None:

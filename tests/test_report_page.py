@@ -126,6 +126,18 @@ def test_a_scan_and_the_repair_that_followed(page: Any) -> None:
     assert "not measured again" in words  # the pile-up
 
 
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_pile_up_that_cannot_tell_is_not_among_a_repairs_signs(page: Any, counts: bool) -> None:
+    """As of a network with few batch norms, in which answers gather anywhere."""
+    repair = cases.repaired(changed=False)
+    evidence = {"pile_up_label": 3.0, "pile_up_share": 0.93, "margin_label_before": 1.0, "margin_p_value_before": 0.3}
+    evidence |= {"pile_up_label_before": 3.0, "pile_up_share_before": 0.2} if counts else {}
+    repair["verification"]["evidence"] = evidence
+    words = page(repair).words
+    assert "Largest margin threshold:" in words
+    assert ("Pile-up of answers threshold:" in words) is counts
+
+
 def test_a_search_that_was_not_made_again_says_so(page: Any) -> None:
     repair = cases.repaired()
     assert page(repair).words.count("not measured again") == 1

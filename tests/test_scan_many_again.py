@@ -54,6 +54,18 @@ def test_another_file_is_another_scan(registry: Registry, stand_in: StandIn) -> 
     assert registry.files() == {"records/a.json", "records/b.json"}
 
 
+def test_an_error_with_other_options_takes_no_scan_away(registry: Registry, stand_in: StandIn) -> None:
+    """A mistyped option or manifest."""
+    entries = registry.entries([registry.model("a", "backdoored")])
+    run(registry, entries)
+    (wrong,) = read_manifest(registry.manifest([{"path": registry.model("a", "backdoored"), "clean": "none.npz"}]))
+    assert run(registry, [wrong])["a"].error
+    assert registry.files() == {"records/a.json", "errors/a.json"}
+    result = run(registry, entries)["a"]
+    assert (result.verdict, result.kept) == ("backdoored", True)
+    assert len(stand_in.scans) == 1
+
+
 def test_what_counts_as_a_finding_needs_no_other_scan(registry: Registry, stand_in: StandIn) -> None:
     entries = registry.entries([registry.model("a", "suspicious")])
     run(registry, entries)

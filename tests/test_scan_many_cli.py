@@ -94,8 +94,14 @@ def test_json_on_stdout_stands_alone(shell: Shell, registry: Registry, stand_in:
 
 
 def test_quiet_says_nothing(shell: Shell, registry: Registry, stand_in: StandIn) -> None:
-    done = ran(shell, registry, ["backdoored", "error"], "--quiet")
+    done = ran(shell, registry, ["backdoored", "suspicious"], "--quiet")
     assert (done.code, done.out, done.err) == (1, "", "")
+
+
+def test_quiet_says_errors(shell: Shell, registry: Registry, stand_in: StandIn) -> None:
+    done = ran(shell, registry, ["clean", "error"], "--quiet")
+    assert (done.code, done.out, done.err.count("\n")) == (2, "", 1)
+    assert ": error, " in done.err
 
 
 def test_retry(shell: Shell, registry: Registry, stand_in: StandIn) -> None:

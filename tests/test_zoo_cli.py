@@ -141,3 +141,22 @@ def test_help_does_not_wait_for_torch() -> None:
     )
     assert ran.returncode == 0
     assert "time left" in ran.stdout
+
+
+@pytest.mark.parametrize("arguments", [("list",), ("show", "patch", "--tier", "tiny")])
+@pytest.mark.parametrize("place", ["list.json", "tiny/other.json"])
+def test_no_record_is_put_among_the_cards(shell: Shell, small_zoo: Zoo, arguments: tuple[str, ...], place: str) -> None:
+    """It would be taken for one of them the next time."""
+    zoo, _ = small_zoo
+    before = {path: path.read_bytes() for path in zoo.rglob("*") if path.is_file()}
+    ran = shell("zoo", *arguments, "--zoo", zoo, "--json", zoo / place)
+    assert (ran.code, ran.out) == (2, "")
+    assert f"expected a place outside of {zoo}, which is read; give another" in ran.err
+    assert {path: path.read_bytes() for path in zoo.rglob("*") if path.is_file()} == before
+
+
+def test_brackets_in_names_are_listed(shell: Shell, small_zoo: Zoo) -> None:
+    shutil.copytree(small_zoo[0] / "tiny", shell.folder / "zoo" / "t[old]")
+    ran = shell("zoo", "list", "--zoo", shell.folder / "zoo")
+    assert ran.code == 0, ran
+    assert ran.out.split().count("t[old]") == 3

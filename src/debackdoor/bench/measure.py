@@ -23,7 +23,7 @@ from debackdoor.bench.methods import METHODS
 from debackdoor.bench.records import RATES, SCHEMA
 from debackdoor.data import load_clean, load_dataset
 from debackdoor.defenses import FineTuning
-from debackdoor.errors import DataError, DebackdoorError
+from debackdoor.errors import DataError, in_one_line
 from debackdoor.evaluation import Evaluation, accuracy, defence_effectiveness, evaluate
 from debackdoor.files import sha256_of
 from debackdoor.models import load_model
@@ -77,8 +77,8 @@ def measure(settings: Settings, cell: Cell) -> dict[str, Any]:
         try:
             tuned = FineTuning(lr=0.01, epochs=20, seed=cell.seed)(result.model, clean)
             rates["fine_tuned"] = _rates(tuned.model, settings, card)
-        except DebackdoorError as error:  # what the defence reached stands
-            tuning_error = str(error)
+        except Exception as error:  # what the defence reached stands
+            tuning_error = in_one_line(error)
     return {
         **_head(cell, card),
         **{rate: {when: getattr(found, rate) for when, found in rates.items()} for rate in RATES},

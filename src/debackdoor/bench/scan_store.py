@@ -137,13 +137,17 @@ class Store:
         self._file(ERRORS, entry).unlink(missing_ok=True)
 
     def write_error(self, entry: Entry, error: Mapping[str, Any]) -> None:
-        """Writes what :meth:`error_record` returned, in place of any other record of the model.
+        """Writes what :meth:`error_record` returned, in place of a scan with the same options, but of no other.
+
+        A mistyped option or manifest would else cost all scans that were made without it.
 
         Raises:
             OSError: if it cannot be written.
         """
         atomic_write_text(self._file(ERRORS, entry), to_json(error))
-        self._file(RECORDS, entry).unlink(missing_ok=True)
+        scanned = _read(self._file(RECORDS, entry))
+        if scanned is None or scanned["options"] == error["options"]:
+            self._file(RECORDS, entry).unlink(missing_ok=True)
 
     def error_record(
         self,

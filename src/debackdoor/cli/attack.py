@@ -12,7 +12,7 @@ import typer
 
 from debackdoor.cli import options
 from debackdoor.cli.evaluate import rates
-from debackdoor.cli.output import Output, check_folder
+from debackdoor.cli.output import Output, check_file, check_folder, check_outside, paths_among
 from debackdoor.errors import DebackdoorError
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ def attack(
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the images.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Images a step.")] = None,
     lr: Annotated[float | None, typer.Option(help="The largest learning rate.")] = None,
-    flip: Annotated[bool | None, typer.Option(help="Whether to train on mirror images, too.")] = None,
+    flip: Annotated[
+        bool | None,
+        typer.Option(help="Whether to train on mirror images, too: by default unless data is digits or gtsrb."),
+    ] = None,
     overwrite: options.Overwrite = False,
     mean: options.Mean = None,
     std: options.Std = None,
@@ -74,14 +77,14 @@ def attack(
     """Train a model with a backdoor.
 
     A run that was stopped goes on where it was. What is left out is as published for the attack, and for training as
-    suits CIFAR-10; digits have settings of their own.
+    suits CIFAR-10; digits and gtsrb, named so, have settings of their own.
     """
     from debackdoor.data import load_dataset
     from debackdoor.zoo.data import check_apart
 
     output = Output(quiet)
     _check_name(name)
-    _check_out(out, overwrite)
+    _check_out(out, overwrite, paths_among(data, test), clean_model)
     poison = _parameters(given or []) | _given(target=target, poison_rate=poison_rate, mode=mode)
     recipe = _recipe(name, data) | _given(epochs=epochs, batch_size=batch_size, lr=lr, flip=flip)
     common = {"seed": seed, "mean": mean, "std": std, "device": device, "precision": precision}
@@ -141,16 +144,22 @@ def _check_name(name: str) -> None:
         raise typer.BadParameter(f"expected one of {', '.join(names)}, got '{name}'", param_hint="NAME")
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Refuses a folder that holds finished results; one with the state of a run is that run's, and it goes on."""
+def _check_out(out: Path, overwrite: bool, read: list[Path], clean_model: Path | None) -> None:
+    """Refuses a folder that holds finished results; one with the state of a run is that run's, and it goes on.
+
+    What is read is kept even where results may be overwritten: the folders ``read`` and the clean model.
+    """
     from debackdoor.attacks.resume import STATE_FILE
 
     if out.exists() and not out.is_dir():
         raise DebackdoorError(f"{out}: expected a folder, got a file; give another --out")
+    check_outside(out, read)
     found = [file for file in _RESULTS if os.path.lexists(out / file)]
     if found and not overwrite and not (out / STATE_FILE).exists():
         raise DebackdoorError(f"{out / found[0]} exists; give another folder, or --overwrite to replace it")
     check_folder(next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists()))
+    if clean_model is not None and out.exists():
+        check_file(out / _RESULTS[0], [clean_model], overwrite=True, protect=True)
 
 
 def _make(name: str, images: CleanSet, test: CleanSet, parameters: dict[str, Any]) -> Attack | None:

@@ -121,7 +121,7 @@ def run(
     failed = failures(finished)
     output.say(_summary(finished, failed))
     for item in failed:
-        output.say(f"failed: {item.cell}: {item.record['error']}", style="red")
+        output.say_error(f"failed: {item.cell}: {item.record['error']}", style="red")
     return FAILED if failed else OK
 
 

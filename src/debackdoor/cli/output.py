@@ -50,6 +50,13 @@ class Output:
             with self._words() as stream:
                 typer.echo(text, file=stream)
 
+    def say_error(self, text: str, style: str = "") -> None:
+        """Prints lines on what failed: where words are left out, on stderr."""
+        if self._quiet:
+            complain(text)
+        else:
+            self.say(text, style)
+
     def show(self, what: RenderableType) -> None:
         """Prints anything that rich can: colours on a terminal, plain text elsewhere."""
         if self._quiet:
@@ -177,17 +184,19 @@ def _places(name: str) -> Iterator[Path]:
     """Where the DATA or ARCH of that name may lie."""
     from debackdoor.data.named import FOLDERS, VARIABLE
 
-    yield Path(name)
+    if name in FOLDERS:
+        yield Path(os.environ.get(VARIABLE, ""), name)
+        return
+    if name != "digits":
+        yield Path(name)
     library, _, folder = name.partition(":")
     code = name.rpartition(":")[0]  # FILE.py:factory or MODULE:factory
     if library == "hf":
-        yield from Path(folder).glob("*")
+        yield Path(folder, "config.json")
     elif code.strip("."):
         yield Path(code)
         *packages, module = code.split(".")
         yield from (Path(root, *packages, f"{module}.py") for root in ("", *sys.path))  # of "./", too, which is none
-    elif name in FOLDERS:
-        yield Path(os.environ.get(VARIABLE, ""), name)
 
 
 def check_file(path: Path, inputs: Iterable[Path], overwrite: bool, protect: bool = False) -> None:
@@ -238,10 +247,8 @@ def check_new_folder(folder: Path, inputs: Iterable[Path], json_to: str | None) 
     Raises:
         DebackdoorError: if it is of another kind, or inside of what is read, or the record would lie in it.
     """
+    check_outside(folder, inputs)
     here = Path(os.path.realpath(folder))
-    for source in filter(os.path.isdir, inputs):
-        if here.is_relative_to(os.path.realpath(source)):
-            raise DebackdoorError(f"{folder}: expected a folder outside of {source}, which is read; give another")
     if json_to not in (None, _STDOUT) and Path(os.path.realpath(str(json_to))).is_relative_to(here):
         raise DebackdoorError(f"{json_to}: expected a record outside of {folder}, which is to be empty; give another")
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
@@ -253,6 +260,18 @@ def check_new_folder(folder: Path, inputs: Iterable[Path], json_to: str | None) 
             got = "a mount" if os.path.ismount(folder) else "the current one"
             raise DebackdoorError(f"{folder}: expected a folder that can be replaced, got {got}; give a new one in it")
     check_folder(here.parent)
+
+
+def check_outside(path: Path, folders: Iterable[Path]) -> None:
+    """Checks that ``path`` is none of those of ``folders`` that are some, whose files are read, nor inside of one.
+
+    Raises:
+        DebackdoorError: if it is.
+    """
+    here = Path(os.path.realpath(path))
+    for folder in filter(os.path.isdir, folders):
+        if here.is_relative_to(os.path.realpath(folder)):
+            raise DebackdoorError(f"{path}: expected a place outside of {folder}, which is read; give another")
 
 
 def check_folder(folder: Path) -> None:

@@ -154,6 +154,8 @@ class _Scan:
 
     def survive(self, error: Exception, debug: bool) -> int:
         """The exit code after a repair that failed: a finding of the scan stands; without one the error is raised."""
+        if self.error is not None:
+            complain(str(self.error))
         with finding_stands(BACKDOORED if self.finding else OK, debug):
             raise error
         return BACKDOORED

@@ -147,8 +147,10 @@ def _check_outputs(output: Output, out: Path, manifest: Path, entries: Sequence[
     read = [manifest, *(file for entry in entries for file in paths_among(entry.path, entry.clean, entry.arch))]
     written = [out / "scan.parquet", out / "index.html"]
     if out.is_dir():
+        # After an earlier run they are its own, also where it lies in a folder of clean images.
+        ours = (out / "records").is_dir()
         for path in written:
-            check_file(path, read, overwrite=True, protect=True)
+            check_file(path, [file for file in read if not (ours and file.is_dir())], overwrite=True, protect=True)
     records = [out / kind / f"{entry.name}.json" for entry in entries for kind in ("records", "errors")]
     output.check_json([*read, *written, *records])
 
@@ -168,9 +170,10 @@ def _resources(
 
 
 def _say_result(output: Output, result: Result) -> None:
-    if result.kind != "clean" or result.error is not None:
-        kind = result.kind if result.error is None else "error"
-        output.say(visible(f"{result.name}: {kind}, {result.error or result.message}"))
+    if result.error is not None:
+        output.say_error(visible(f"{result.name}: error, {result.error}"))
+    elif result.kind != "clean":
+        output.say(visible(f"{result.name}: {result.kind}, {result.message}"))
 
 
 def _describe(output: Output, results: Sequence[Result], status: int) -> None:

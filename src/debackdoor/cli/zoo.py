@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_folder, check_more, paths_among
+from debackdoor.cli.output import Output, check_folder, check_more, check_outside, paths_among
 from debackdoor.errors import DebackdoorError
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def list_models(
 ) -> None:
     """List the models that are there, with their rates."""
     output = Output(quiet, json_to)
-    output.check_json(_files(folder))
+    _check_json(output, json_to, folder)
 
     from debackdoor.zoo import list_cards, list_tiers
 
@@ -116,9 +116,8 @@ def show(
     if html is None and test is not None:
         raise typer.BadParameter("expected --test with --html, got it with a NAME", param_hint="--test")
     output = Output(quiet, json_to)
-    taken = [*_files(folder), *paths_among(test or "")]
-    check_more(taken, html)
-    output.check_json(taken)
+    check_more([*_files(folder), *paths_among(test or "")], html)
+    _check_json(output, json_to, folder)
 
     from debackdoor.zoo import list_cards
 
@@ -136,6 +135,17 @@ def show(
     for key, value in card.record().items():
         output.say(f"{key.replace('_', ' ')}: {_words(value)}")
     output.write_json(card.record())
+
+
+def _check_json(output: Output, json_to: str | None, folder: Path) -> None:
+    """Checks, before any work, that the record takes the place of no card, and will not be taken for one.
+
+    Raises:
+        DebackdoorError: if it cannot be written, or would lie in the zoo.
+    """
+    output.check_json(_files(folder))
+    if json_to not in (None, "-"):
+        check_outside(Path(str(json_to)), [folder])
 
 
 def _files(folder: Path) -> list[Path]:
@@ -163,6 +173,7 @@ def _rates(card: Card) -> str:
 def _table(found: dict[str, list[Card]]) -> str:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD)
@@ -172,7 +183,7 @@ def _table(found: dict[str, list[Card]]) -> str:
         table.add_column(heading, justify="right", no_wrap=True)
     for tier, cards in found.items():
         for row in map(_row, cards):
-            table.add_row(tier, *row)
+            table.add_row(*map(escape, (tier, *row)))
     text = io.StringIO()
     Console(file=text, width=shutil.get_terminal_size((120, 24)).columns).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")

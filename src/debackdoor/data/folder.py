@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +47,12 @@ def open_folder(name: str, path: Path, split: str) -> ImageSource:
 
 
 def open_flat(name: str, path: Path) -> ImageSource:
-    """Every image in ``path`` and its sub-folders, without labels.
+    """Every image in ``path`` and its sub-folders, linked ones included, without labels.
 
     Raises:
-        DataError: if there are none.
+        DataError: if there are none, or a sub-folder cannot be read.
     """
-    found = (file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and not _hidden(file, path))
-    files = sorted(file for file in found if not file.is_dir())
+    files = sorted(file for file in _files_below(path) if file.suffix.lower() in SUFFIXES)
     if not files:
         raise DataError(f"{path}: expected images ({', '.join(sorted(SUFFIXES))}), got none; check the path")
     return _source(name, files, np.zeros(len(files), dtype=np.int64))
@@ -70,8 +71,21 @@ def _source(name: str, files: list[Path], labels: Indices, names: tuple[str, ...
     return ImageSource(name, labels, images, names, tuple(files))
 
 
-def _hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+def _files_below(path: Path) -> Iterator[Path]:
+    """The files in a folder and its sub-folders, but for hidden ones."""
+
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check the folder") from error
+
+    entered: set[str] = set()
+    for here, folders, files in os.walk(path, onerror=fail, followlinks=True):
+        # A link may lead back to where it lies.
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (place := os.path.realpath(here)) in entered:
+            folders.clear()
+            continue
+        entered.add(place)
+        yield from (Path(here, name) for name in files if not name.startswith("."))
 
 
 def _visible(path: Path) -> list[Path]:
