@@ -140,8 +140,10 @@ def test_images_may_lie_otherwise_in_memory(channels: int) -> None:
     pixels = torch.rand(6, 8, 8, channels)
     test = CleanSet(pixels.permute(0, 3, 1, 2), torch.arange(6) % 2)
     model = Viewing(channels)
-    evaluate(model, test, BadNets(image_shape=(channels, 8, 8), num_classes=2))
-    accuracy(model, test)
+    attack, usual = BadNets(image_shape=(channels, 8, 8), num_classes=2), CleanSet(test.x.contiguous(), test.y)
+    assert not test.x.is_contiguous() or channels == 1
+    assert evaluate(model, test, attack) == evaluate(model, usual, attack)
+    assert accuracy(model, test) == accuracy(model, usual)
 
 
 def test_precision_is_that_of_a_scan() -> None:

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -9,6 +11,21 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "benchmarks" / "results" / "repair"
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False).stdout.strip()
+
+
+@pytest.mark.skipif(git("rev-parse", "--is-shallow-repository") != "false", reason="needs the whole history")
+def test_every_commit_that_a_record_names_is_in_the_history() -> None:
+    named = {
+        commit
+        for path in (ROOT / "benchmarks" / "results").rglob("*.json")
+        for commit in re.findall(r'"commit": "([0-9a-f]{7,40})', path.read_text())
+    }
+    assert len(named) > 1
+    assert {commit for commit in named if commit not in git("rev-list", "HEAD").split()} == set()
 
 
 @pytest.fixture
