@@ -61,7 +61,7 @@ def test_the_published_settings() -> None:
     assert (published.threshold, published.seed, published.precision) == (0.3, 5, "fp32")
     assert published.unlearning == UnlearnSettings(
         lr=0.01, momentum=0.9, weight_decay=5e-4, clip=None, stop_accuracy=0.2, past_peak=None, check_every=None,
-        largest_fall=1.0, max_passes=21, least_steps=1, batch_size=128, shift=0.125, decay_at=(10, 20),
+        largest_fall=1.0, max_passes=21, least_steps=1, batch_size=128, shift=0.125, decay_at=(10, 20), running=True,
     )  # fmt: skip
     recovery = RecoverSettings(lr=0.2, momentum=0.9, weight=0.2, passes=20, batch_size=128, shift=0.125)
     assert published.recovery == recovery

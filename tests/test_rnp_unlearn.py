@@ -249,6 +249,20 @@ def test_weights_decay_too() -> None:
     assert float(found.model.norm.weight.detach()) == pytest.approx((1 - 0.05) ** 2)
 
 
+def test_as_published_it_stops_by_the_accuracy_over_the_pass() -> None:
+    """A pass has two steps; the first is right throughout, the second in half, and the check sees what comes after."""
+    settings = {"check_every": 2, "stop_accuracy": 0.75}
+    stages = [RIGHT, HALF, WRONG, WRONG, WRONG]
+    checked, _ = turn(stages, **settings)
+    assert (checked.reason, column(checked, "step")) == ("forgotten", [2])
+    over_the_pass, _ = turn(stages, **settings, running=True)
+    assert (over_the_pass.reason, column(over_the_pass, "step")) == ("forgotten", [2])
+    later, _ = turn(stages, check_every=2, stop_accuracy=0.7, running=True)
+    assert (later.reason, column(later, "step")) == ("forgotten", [2, 4])
+    assert column(later, "accuracy") == [0.0, 0.0]
+    assert later.accuracy == 0.0
+
+
 def small_network() -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)

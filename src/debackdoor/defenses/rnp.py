@@ -71,11 +71,11 @@ class RNP(Defense):
 
     @classmethod
     def published(cls, threshold: float = 0.2, *, seed: int = 0, precision: str = "fp32") -> RNP:
-        """The paper's settings: larger steps, checked once a pass and never taken back, and a fixed mask threshold.
+        """The paper's settings: larger steps, until the accuracy over a pass is low, and a fixed mask threshold.
 
-        All clean images teach. Other than published, images are not mirrored, the accuracy that ends stage 1 is that of
-        a check after each pass, rather than the average over the pass, and networks without normalisation, which the
-        paper has nothing to mask in, are masked as ours are.
+        All clean images teach. Other than published, images are not mirrored, dropout is off, a pass after which the
+        loss is not finite is taken back, and networks without normalisation, which the paper has nothing to mask in,
+        are masked as ours are.
         """
         unlearning = UnlearnSettings(
             lr=0.01,
@@ -88,6 +88,7 @@ class RNP(Defense):
             max_passes=21,
             least_steps=1,
             decay_at=(10, 20),
+            running=True,
         )
         return cls(threshold=threshold, unlearning=unlearning, seed=seed, precision=precision)
 

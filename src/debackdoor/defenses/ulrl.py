@@ -35,10 +35,10 @@ from debackdoor.types import CleanSet, Progress, Step
 
 
 def published_unlearning() -> UnlearnSettings:
-    """The code's settings: at most 20 passes, to an accuracy of 0.2, never taken back."""
+    """The code's settings: at most 20 passes, to an accuracy over a pass of 0.2."""
     return UnlearnSettings(
         lr=0.01, momentum=0.9, weight_decay=5e-4, clip=20.0, stop_accuracy=0.2, past_peak=None, check_every=None,
-        largest_fall=1.0, max_passes=20, least_steps=1, batch_size=128, decay_at=(10,),
+        largest_fall=1.0, max_passes=20, least_steps=1, batch_size=128, decay_at=(10,), running=True,
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from debackdoor.data.augment import random_shift_by
 from debackdoor.errors import check_positive
 from debackdoor.models.copying import copied
-from debackdoor.models.forward import accuracy, in_eval, label_shares, logits_of, predict
+from debackdoor.models.forward import accuracy, hits, in_eval, label_shares, logits_of, predict
 from debackdoor.rnp.modes import normalisation_in_train_mode, require_norm_gradients
 from debackdoor.runtime import autocast, generator, parts, shuffled_batches
 from debackdoor.types import CleanSet, Progress
@@ -70,9 +70,11 @@ class UnlearnSettings:
         max_passes: passes over the fit part at most,
         least_steps: unless they are fewer steps than this: a small fit part needs as many steps as a large one.
         batch_size: images a step.
-        shift: largest random shift, a fraction of the image's width.
+        shift: largest random shift, a fraction of the image's height and width.
         decay_at: passes after which the step size is divided by ten.
         norm_only: whether the scales and shifts of normalisation layers alone learn.
+        running: whether the accuracy that ends it is the average over the steps since the last check, in train mode, as
+            in the authors' code; else it is that of the check, in eval mode.
     """
 
     lr: float = 0.002
@@ -90,6 +92,7 @@ class UnlearnSettings:
     shift: float = 0.125
     decay_at: tuple[int, ...] = ()
     norm_only: bool = False
+    running: bool = False
 
     def __post_init__(self) -> None:
         check_positive(lr=self.lr, max_passes=self.max_passes, batch_size=self.batch_size, clip=self.clip)
@@ -154,8 +157,9 @@ class _Climb:
         self.steps, self.lr = 0, settings.lr
         self.loss = torch.zeros((), device=fit.x.device)  # of the last step; only a check reads it
         self.history: list[dict[str, Any]] = []
+        self.right, self.seen = torch.zeros((), dtype=torch.int64, device=fit.x.device), 0
         self.now = self._measure()
-        self.known = self.now.accuracy
+        self.known = self.reached = self.now.accuracy
         self.peak: _State | None = None
         self._restart()
 
@@ -188,6 +192,9 @@ class _Climb:
                 logits = logits_of(self.model(x[part])).float()
             loss = F.cross_entropy(logits, y[part]) * (len(logits) / len(x))
             (-loss).backward()
+            if self.settings.running:
+                self.right += hits(logits.detach(), y[part])
+                self.seen += len(logits)
             total += loss.detach()
         if self.settings.clip is not None:
             nn.utils.clip_grad_norm_(self.learning, self.settings.clip)
@@ -202,6 +209,9 @@ class _Climb:
     def check(self) -> None:
         """Measures, and takes the last steps back with half the step size where accuracy fell too far at once."""
         new, loss = self._measure(), self.loss.item()
+        over_the_pass = int(self.right) / self.seen if self.settings.running else new.accuracy
+        self.right.zero_()
+        self.seen = 0
         broken = not (new.finite and math.isfinite(loss))
         overshot = broken or self.now.accuracy - new.accuracy > self.settings.largest_fall
         self.history.append(
@@ -219,14 +229,14 @@ class _Climb:
             self.lr /= 2
             self._restart()
             return
-        self.now = new
+        self.now, self.reached = new, over_the_pass
         if new.accuracy <= STILL_KNOWN * self.known and (not self.peak or new.largest > self.peak.largest):
             self.peak = new
 
     def reason_to_stop(self, limit: int) -> str | None:
         s = self.settings
         stop = 1 / len(self.now.shares) + 0.1 if s.stop_accuracy is None else s.stop_accuracy
-        if self.now.accuracy <= stop:
+        if self.reached <= stop:
             return "forgotten"
         half_gone = self.now.accuracy <= self.known / 2
         if s.past_peak is not None and half_gone and self.peak and self.now.largest < self.peak.largest - s.past_peak:
