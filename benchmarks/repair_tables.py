@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +47,33 @@ def summary(records: Sequence[Record]) -> str:
             f"unchanged; the most accuracy that any lost is {max(map(_lost, clean)) * 100:.1f} points."
         )
     return " ".join(parts)
+
+
+LEFT = 0.1
+"""ASR above which a repair has failed."""
+
+
+def checked(records: Sequence[Record]) -> str:
+    """One row a record by what is left of the backdoor, and how many of those that failed the check rejects."""
+    unchecked = [record["model"] for record in records if record["verification"] is None]
+    if unchecked:
+        raise ValueError(f"expected records with a check, got none for {', '.join(unchecked)}; make them with --check")
+    order = sorted(records, key=lambda record: -record["attack_success_rate"]["after"])
+    lines = ["| model | seed | left out | ASR before | ASR after | check |", "|---" * 6 + "|"]
+    for record in order:
+        rates, said = record["attack_success_rate"], "passed" if record["verification"]["passed"] else "rejected"
+        part = record["defense"].removeprefix("repair-without-")
+        lines.append(
+            f"| {record['model']} | {record['seed']} | {part} | {rates['before']:.1%} | {rates['after']:.1%} | {said} |"
+        )
+    failed = [record["attack_success_rate"]["after"] > LEFT for record in records]
+    rejected = [not record["verification"]["passed"] for record in records]
+    counts = Counter(zip(failed, rejected, strict=True))
+    told = (
+        f"With an ASR above {LEFT:.0%} the check rejects {counts[True, True]} of {sum(failed)}, with less "
+        f"{counts[False, True]} of {len(failed) - sum(failed)}."
+    )
+    return "\n".join([*lines, "", told])
 
 
 def by_images(records: Sequence[Record]) -> str:

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from publish import commit, replace_between
-from repair_tables import by_images, compare_defenses, render, row, summary
+from repair_tables import by_images, checked, compare_defenses, render, row, summary
 from torch import nn
 from zoo_models import chosen_cards
 
@@ -182,6 +182,19 @@ def compare(
         typer.echo(compare_defenses(rows))
     else:
         replace_between(into, marker, compare_defenses(rows))
+
+
+@app.command()
+def checks(
+    records: Annotated[Path, typer.Argument(help="folder of records of ablate_zoo.py --check")],
+    into: Annotated[Path | None, typer.Option(help="page whose table between the markers is replaced")] = None,
+) -> None:
+    """A Markdown table of what the repair's own check says of repairs that lack a part."""
+    text = checked([json.loads(path.read_text()) for path in sorted(records.glob("*.json"))])
+    if into is None:
+        typer.echo(text)
+    else:
+        replace_between(into, "checks", text)
 
 
 if __name__ == "__main__":

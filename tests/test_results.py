@@ -25,7 +25,7 @@ def test_every_commit_that_a_record_names_is_in_the_history() -> None:
         for commit in re.findall(r'"commit": "([0-9a-f]{7,40})', path.read_text())
     }
     assert len(named) > 1
-    assert {commit for commit in named if commit not in git("rev-list", "HEAD").split()} == set()
+    assert named - set(git("rev-list", "HEAD").split()) == set()
 
 
 @pytest.fixture
@@ -168,3 +168,21 @@ def test_defenses_stand_side_by_side_on_what_all_were_tried_on(benchmark: Module
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| badnets", "| **mean**", "| **worst DER**"]
     assert lines[-1].endswith("| 0.500 |")
     assert benchmark.row([other]).count("| - |") == 1
+
+
+def test_the_checks_table_counts_what_was_rejected(benchmark: ModuleType) -> None:
+    def record(part: str, after: float, passed: bool) -> dict[str, object]:
+        rates, check = {"before": 1.0, "after": after}, {"passed": passed}
+        names = {"model": "cl", "seed": 0, "defense": f"repair-without-{part}"}
+        return names | {"attack_success_rate": rates, "verification": check}
+
+    found = benchmark.checked([record("triggers", 0.1, True), record("all", 1.0, False), record("pruning", 0.3, True)])
+    assert found.splitlines()[2:] == [
+        "| cl | 0 | all | 100.0% | 100.0% | rejected |",
+        "| cl | 0 | pruning | 100.0% | 30.0% | passed |",
+        "| cl | 0 | triggers | 100.0% | 10.0% | passed |",
+        "",
+        "With an ASR above 10% the check rejects 1 of 2, with less 0 of 1.",
+    ]
+    with pytest.raises(ValueError, match="expected records with a check, got none for cl"):
+        benchmark.checked([record("all", 1.0, False) | {"verification": None}])

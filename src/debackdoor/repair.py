@@ -75,13 +75,17 @@ def handed_back(result: RepairResult, model: nn.Module) -> RepairResult:
 def repair_case(case: Case, exposure: Exposure, before: Evidence, budget: float = BUDGET) -> RepairResult:
     """The same for a model that is exposed and examined already."""
     result = repair_unchecked(case, exposure, before, budget)
-    if before.exposed:
-        verification = _judge(before, _examine_again(case, result.model, before))
-    else:
-        verification = _nothing(exposure.unlearned, before)
+    verification = verify(case, exposure, before, result.model)
     steps = (*result.steps, Step("verify", verification.message))
     set_layout(result.model, torch.contiguous_format)
     return replace(result, verification=verification, steps=steps)
+
+
+def verify(case: Case, exposure: Exposure, before: Evidence, model: nn.Module) -> Verification:
+    """Whether ``model``, made from the suspect one, still shows what that did, or why nothing was to be done."""
+    if not before.exposed:
+        return _nothing(exposure.unlearned, before)
+    return _judge(before, _examine_again(case, model, before))
 
 
 def repair_unchecked(case: Case, exposure: Exposure, found: Evidence, budget: float = BUDGET) -> RepairResult:
