@@ -176,7 +176,10 @@ class Strict(nn.Sequential):
     ],
     ids=lambda defense: f"{type(defense).__name__}-{defense.precision}",
 )
-def test_defences_take_networks_that_know_float32_alone(defense: Defense) -> None:
+def test_defences_take_networks_that_know_float32_alone(defense: Defense, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the processor, unlike this one perhaps, has the arithmetic for bfloat16."""
+    for place in ("runtime", "models.forward", "defenses.base"):
+        monkeypatch.setattr(f"debackdoor.{place}.has_fast_bf16", lambda device: True)
     assert defense(Strict(*quadrants()), quadrant_set()).clean_accuracy["before"] > 0.9
 
 

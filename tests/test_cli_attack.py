@@ -166,6 +166,9 @@ def test_what_an_attack_reads_is_kept(shell: Shell) -> None:
     for out in (photos, photos / "victim"):
         ran = shell("attack", "badnets", "--arch", shell.arch, "--data", photos, "--test", "digits", "--out", out)
         assert (ran.code, f"expected a place outside of {photos}, which is read" in ran.err) == (2, True)
+    words = ("--data", photos / "trigger", "--test", "digits", "--out", photos, "--overwrite")
+    ran = shell("attack", "badnets", "--arch", shell.arch, *words)
+    assert (ran.code, "expected a folder whose trigger is not read" in ran.err) == (2, True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 

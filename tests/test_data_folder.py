@@ -38,6 +38,7 @@ def test_a_pile_is_all_images_below_also_behind_links(tmp_path: Path) -> None:
     root, elsewhere = make_folder(tmp_path / "pile", {"ant": 2}), make_folder(tmp_path / "elsewhere", {"bee": 3})
     (root / "linked").symlink_to(elsewhere)
     (root / "ant" / "back").symlink_to(root)
+    (root / "aaa").symlink_to(root / "ant")
     (root / ".hidden").symlink_to(elsewhere)
     (root / "single.png").write_bytes(png(4))
     pile = open_source(root, "test", labelled=False)

@@ -159,11 +159,22 @@ def test_the_score_is_that_of_the_strongest_sign_wherever_it_leads() -> None:
     assert evidence(margin=(1, 1.0, 1.0)).score == 0.0
 
 
+def test_model_wide_signs_disagree_where_they_name_two_labels_and_no_trigger_backs_either() -> None:
+    parting = {"margin": (1, 4.0, RARE), "pile_up": PileUp(3, 0.9)}
+    assert evidence(**parting).disagree
+    assert not evidence(margin=(1, 4.0, RARE), pile_up=PileUp(1, 0.9)).disagree
+    assert not evidence(margin=(1, 4.0, RARE)).disagree
+    assert not evidence(**parting, patch={3: 0.9}).disagree
+    assert not evidence(**parting, patch={0: 0.9}).disagree
+    assert not evidence(**parting, away=0.9).disagree
+
+
 @pytest.mark.parametrize(("p_value", "label"), list(product([1.0, 0.06, 0.05, 1.1 * RARE, RARE, 0.0], [1, 2])))
 def test_a_score_of_one_and_a_finding_are_the_same(p_value: float, label: int) -> None:
     shares = [CHANCE, *(CHANCE + edge + side for edge in (FAINT, PILED_UP) for side in (-BIT, BIT))]
     for share, away, lead in product(shares, [0.1, 0.69, 0.71], [0.0, 0.49, 0.51]):
         given = evidence((1, 3.0, p_value), away, PileUp(label, share), warp={3: 0.1 + lead})
-        assert (given.score >= 1) == given.exposed == (bool(given.reasons) or given.all_to_all)
+        assert (given.score >= 1) == (bool(given.reasons) or given.all_to_all) == (given.exposed or given.disagree)
+        assert not (given.exposed and given.disagree)
         rare = p_value <= RARE or (p_value <= FAIRLY_RARE and label == 1 and share > CHANCE + FAINT)
         assert ("margin" in given.reasons.get(1, ())) == rare

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -185,3 +185,14 @@ def test_defences_refuse_what_a_copy_would_not_hold(model: type[nn.Module], said
     with pytest.raises(ModelError, match=said):
         defense(suspect, quadrant_set())
     assert_as_found(suspect, before)
+
+
+@pytest.mark.parametrize(
+    "take", [opened, lambda model: FineTuning(epochs=1)(model, quadrant_set())], ids=["job", "defence"]
+)
+def test_a_compiled_part_is_refused(take: Callable[[nn.Module], object]) -> None:
+    model = quadrants()
+    model[5] = torch.jit.trace(model[5], torch.rand(1, model[5].in_features))
+    with pytest.raises(ModelError, match="got a compiled ScriptModule"):
+        take(model)
+    assert not any(module._forward_pre_hooks for module in model.children())

@@ -66,6 +66,17 @@ def test_an_error_with_other_options_takes_no_scan_away(registry: Registry, stan
     assert len(stand_in.scans) == 1
 
 
+def test_a_file_that_is_away_for_once_takes_no_scan_away(registry: Registry, stand_in: StandIn) -> None:
+    entries = registry.entries([registry.model("a", "backdoored")])
+    run(registry, entries)
+    path = registry.folder / "a.safetensors"
+    path.rename(registry.folder / "away")
+    assert run(registry, entries)["a"].error
+    (registry.folder / "away").rename(path)
+    result = run(registry, entries)["a"]
+    assert (result.verdict, result.kept, len(stand_in.scans)) == ("backdoored", True, 1)
+
+
 def test_what_counts_as_a_finding_needs_no_other_scan(registry: Registry, stand_in: StandIn) -> None:
     entries = registry.entries([registry.model("a", "suspicious")])
     run(registry, entries)

@@ -121,8 +121,8 @@ class Verification:
         label: the most suspect label, or None where nothing was exposed, or a backdoor to many labels (all-to-all).
         evidence: the numbers behind it, before and after the repair.
         message: one sentence for a person.
-        conclusive: whether the check could tell; False where the clean task could not be unlearned, or a sign comes
-            near to its threshold (a scan calls such a model suspicious).
+        conclusive: whether the check could tell; False where the clean task could not be unlearned, signs name
+            different labels, or one comes near to its threshold (a scan calls such a model suspicious).
     """
 
     passed: bool

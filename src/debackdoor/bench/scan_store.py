@@ -1,4 +1,7 @@
-"""Where the results of many scans are: one record a model, of its scan or of why it could not be scanned."""
+"""Where the results of many scans are: of every model the record of its scan, or of why it could not be scanned.
+
+After an error with other options, or of a file that was away, there are both; :meth:`Store.find` tells which holds.
+"""
 
 from __future__ import annotations
 
@@ -137,16 +140,17 @@ class Store:
         self._file(ERRORS, entry).unlink(missing_ok=True)
 
     def write_error(self, entry: Entry, error: Mapping[str, Any]) -> None:
-        """Writes what :meth:`error_record` returned, in place of a scan with the same options, but of no other.
+        """Writes what :meth:`error_record` returned, in place of the scan of another file with the same options.
 
-        A mistyped option or manifest would else cost all scans that were made without it.
+        A scan with other options stays, and so does that of a file that is not there: a mistyped option, or a disk that
+        is away for once, would else cost all scans that were made before.
 
         Raises:
             OSError: if it cannot be written.
         """
         atomic_write_text(self._file(ERRORS, entry), to_json(error))
         scanned = _read(self._file(RECORDS, entry))
-        if scanned is None or scanned["options"] == error["options"]:
+        if scanned is None or (scanned["options"] == error["options"] and error["sha256"] is not None):
             self._file(RECORDS, entry).unlink(missing_ok=True)
 
     def error_record(
@@ -189,8 +193,8 @@ class Store:
         if not any(stored.values()):
             return None  # and the checkpoint need not be read
         wanted = (hash_of(entry), self.settings.options(entry))
-        # Killed between writing one record and removing the other, a run leaves both. Of two that fit, the scan's is
-        # the later one.
+        # Killed between writing one record and removing the other, a run leaves both, too. Of two that fit, the scan's
+        # is the later one.
         for kind, record in stored.items():
             if record is not None and (record.get("sha256"), record.get("options")) == wanted:
                 if kind == ERRORS and not errors:

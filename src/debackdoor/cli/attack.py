@@ -154,6 +154,10 @@ def _check_out(out: Path, overwrite: bool, read: list[Path], clean_model: Path |
     if out.exists() and not out.is_dir():
         raise DebackdoorError(f"{out}: expected a folder, got a file; give another --out")
     check_outside(out, read)
+    trigger = os.path.realpath(out / _RESULTS[1])  # which is replaced as a whole
+    for path in (*read, *filter(None, [clean_model])):
+        if Path(os.path.realpath(path)).is_relative_to(trigger):
+            raise DebackdoorError(f"{out}: expected a folder whose trigger is not read, got {path}; give another --out")
     found = [file for file in _RESULTS if os.path.lexists(out / file)]
     if found and not overwrite and not (out / STATE_FILE).exists():
         raise DebackdoorError(f"{out / found[0]} exists; give another folder, or --overwrite to replace it")

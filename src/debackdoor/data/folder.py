@@ -79,8 +79,11 @@ def _files_below(path: Path) -> Iterator[Path]:
 
     entered: set[str] = set()
     for here, folders, files in os.walk(path, onerror=fail, followlinks=True):
-        # A link may lead back to where it lies.
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        # Links last, so that what they lead to is listed by its own name; one may lead back to where it lies.
+        folders[:] = sorted(
+            (name for name in folders if not name.startswith(".")),
+            key=lambda name: (os.path.islink(os.path.join(here, name)), name),
+        )
         if (place := os.path.realpath(here)) in entered:
             folders.clear()
             continue

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from debackdoor.data import check_labels, split_clean
 from debackdoor.defenses.base import Defense, accuracy_after, check_loss, suspect_copy
 from debackdoor.errors import DataError, TooFewError, check_count, check_fraction, check_positive
+from debackdoor.models.copying import same_gradients
 from debackdoor.models.forward import accuracy, in_eval, logits_of, predict
 from debackdoor.runtime import autocast, generator, seeded, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
@@ -79,8 +80,7 @@ class ABLUnlearning(Defense):
             history = self._climb(climbing, judges, before, progress)
         kept = [row for row in history if row["kept"]]
         after = kept[-1]["accuracy"] if kept else before
-        for name, parameter in model.named_parameters():
-            climbing.get_parameter(name).requires_grad_(parameter.requires_grad)
+        same_gradients(climbing, model)
         step = Step("unlearn", self._rule(), {"epochs": len(kept), "accuracy": after})
         rates = {"before": before, "after": after}
         return RepairResult(climbing, (), rates, None, {"unlearn": history}, (step,), changed=bool(kept))

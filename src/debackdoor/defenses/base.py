@@ -61,14 +61,19 @@ def _learning(call: Callable[..., RepairResult]) -> Callable[..., RepairResult]:
 
     @wraps(call)
     def inside(self: Defense, model: nn.Module, clean: CleanSet, *, progress: Progress | None = None) -> RepairResult:
-        clean = clean.detached()
         with learning():
-            if self.precision == "auto" and has_fast_bf16(clean.x.device):
-                suspect = suspect_copy(model, clean, "fp32")
-                self = replace(self, precision=trusted_precision(suspect, clean.x[:_TRIED], "auto"))
-            return call(self, model, clean, progress=progress)
+            images = clean.detached()
+            return call(_trusted(self, model, images), model, images, progress=progress)
 
     return inside
+
+
+def _trusted(defense: Defense, model: nn.Module, clean: CleanSet) -> Defense:
+    """The defence with the precision that it is to compute in."""
+    if defense.precision != "auto" or not has_fast_bf16(clean.x.device):
+        return defense
+    suspect = suspect_copy(model, clean, "fp32")
+    return replace(defense, precision=trusted_precision(suspect, clean.x[:_TRIED], "auto"))
 
 
 def suspect_copy(model: nn.Module, clean: CleanSet, precision: str) -> nn.Module:

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from debackdoor.data import split_clean
 from debackdoor.defenses.base import Defense, accuracy_after, check_loss, suspect_copy
 from debackdoor.errors import DebackdoorError, check_count, check_fraction, check_positive
+from debackdoor.models.copying import same_gradients
 from debackdoor.models.forward import accuracy, logits_of, predict
 from debackdoor.runtime import autocast, generator, sent, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
@@ -80,8 +81,7 @@ class IBAU(Defense):
         repaired = suspect_copy(model, clean, self.precision).requires_grad_(True)
         before = accuracy(predict(repaired, judges.x, precision=self.precision), judges.y)
         history = self._unlearn(repaired, fit, progress)
-        for name, parameter in model.named_parameters():
-            repaired.get_parameter(name).requires_grad_(parameter.requires_grad)
+        same_gradients(repaired, model)
         after = accuracy_after(repaired, judges, self.lr, self.precision)
         rates = {"before": before, "after": after}
         step = Step("unlearn", f"{self.rounds} rounds at a step size of {self.lr}", {"accuracy": after})

@@ -18,7 +18,7 @@ from debackdoor.detectors.squares import Square, stamped
 from debackdoor.detectors.universal import Aim, UniversalSearch
 from debackdoor.errors import check_between, check_count, check_fraction, check_positive
 from debackdoor.fusing import fused
-from debackdoor.models.copying import copied
+from debackdoor.models.copying import copied, same_gradients
 from debackdoor.models.forward import hits, in_eval, logits_of
 from debackdoor.rnp.modes import normalisation_in_train_mode
 from debackdoor.rnp.prune import plan_mask, prune
@@ -171,8 +171,7 @@ class Lesson:
         # Not before: a GPU would have to be waited for at every step.
         found = torch.stack(losses).tolist()
         history.extend({"lr": s.lr, "step": step, "loss": loss} for step, loss in enumerate(found, start=1))
-        for name, parameter in self.teacher.named_parameters():
-            self.parameters[name].requires_grad_(parameter.requires_grad)
+        same_gradients(self.student, self.teacher)
         # Gradients and momentum make room for the copy.
         self.optimizer.zero_grad()
         self.optimizer.state.clear()

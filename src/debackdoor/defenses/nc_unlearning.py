@@ -19,6 +19,7 @@ from debackdoor.data.augment import random_shift_by
 from debackdoor.defenses.base import Defense, accuracy_after, check_loss, suspect_copy
 from debackdoor.detectors.neural_cleanse import OUTLYING, Anomalies, neural_cleanse, published
 from debackdoor.errors import check_count, check_fraction, check_positive
+from debackdoor.models.copying import same_gradients
 from debackdoor.models.forward import accuracy, in_eval, logits_of, predict
 from debackdoor.runtime import autocast, generator, seeded, sent, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RecoveredTrigger, RepairResult, Step
@@ -85,8 +86,7 @@ class NCUnlearning(Defense):
             steps.append(Step("fine-tune", self._why(index), {"accuracy": after}))
         else:
             steps.append(Step("nothing", f"an anomaly index below {self.outlying}", {"accuracy": after}))
-        for name, parameter in model.named_parameters():
-            repaired.get_parameter(name).requires_grad_(parameter.requires_grad)
+        same_gradients(repaired, model)
         rates = {"before": before, "after": after}
         return RepairResult(repaired, (), rates, None, history, tuple(steps), changed=changed)
 

@@ -15,7 +15,7 @@ from debackdoor.data import split_clean
 from debackdoor.data.augment import random_shift_by
 from debackdoor.defenses.base import Defense, accuracy_after, check_loss, differ, suspect_copy
 from debackdoor.errors import check_count, check_fraction, check_positive
-from debackdoor.models.copying import copied
+from debackdoor.models.copying import copied, same_gradients
 from debackdoor.models.forward import accuracy, in_eval, predict
 from debackdoor.runtime import generator, seeded, shuffled_batches
 from debackdoor.types import CleanSet, Progress, RepairResult, Step
@@ -76,8 +76,8 @@ class Tuning(Defense):
         suspect = suspect_copy(model, clean, self.precision)
         with seeded(self.seed, fit.x.device):
             tuned = self._tune(copied(suspect).requires_grad_(True), fit, progress)
-        for name, parameter in model.named_parameters():
-            tuned.model.get_parameter(name).requires_grad_(parameter.requires_grad).grad = None
+        same_gradients(tuned.model, model)
+        tuned.model.zero_grad()
         judges = judges if tuned.judges is None else tuned.judges
         before = accuracy(predict(suspect, judges.x, precision=self.precision), judges.y)
         rates = {"before": before, "after": accuracy_after(in_eval(tuned.model), judges, self.lr, self.precision)}

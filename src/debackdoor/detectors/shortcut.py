@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from debackdoor.detectors.perturbations import KINDS, Additive, Sizes
 from debackdoor.detectors.universal import AWAY, Aim, UniversalSearch, aims_at, patches_away
-from debackdoor.models.forward import accuracy, predict
+from debackdoor.models.forward import accuracy, predict, share_led
 from debackdoor.types import CleanSet, Progress
 
 STEPS, IMAGES = 60, 4
@@ -106,7 +106,4 @@ def find_shortcuts(
 def _success(
     search: UniversalSearch, model: nn.Module, holdout: CleanSet, number: int, aim: Aim, precision: str
 ) -> float:
-    others = holdout.x[holdout.y != aim.target]
-    if not len(others):
-        return 0.0
-    return float((search.answers(model, others, number, precision=precision) == aim.target).float().mean())
+    return share_led(holdout, aim.target, lambda x: search.answers(model, x, number, precision=precision))

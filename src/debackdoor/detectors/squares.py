@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from debackdoor.models.forward import predict, predict_changed
+from debackdoor.models.forward import predict, predict_changed, share_led
 from debackdoor.runtime import answered_at_once, generator
 from debackdoor.types import CleanSet, Progress
 
@@ -165,8 +165,4 @@ def _rates(answers: Tensor, y: Tensor, num_classes: int) -> Tensor:
 
 
 def _success(model: nn.Module, holdout: CleanSet, square: Square, label: int, precision: str) -> float:
-    others = holdout.x[holdout.y != label]
-    if not len(others):
-        return 0.0
-    answers = predict_changed(model, square.apply, others, precision=precision).argmax(1)
-    return float((answers == label).float().mean())
+    return share_led(holdout, label, lambda x: predict_changed(model, square.apply, x, precision=precision).argmax(1))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from debackdoor.errors import check_count, check_fraction, check_positive
 from debackdoor.fusing import fused
-from debackdoor.models.forward import logits_of, margins_of, predict, predict_changed
+from debackdoor.models.forward import logits_of, margins_of, predict, predict_changed, share_led
 from debackdoor.runtime import at_most, at_once, autocast, generator, sent, to_report
 from debackdoor.types import CleanSet, Progress, RecoveredTrigger
 
@@ -149,11 +149,9 @@ def recover_trigger(
 
 def success_rate(model: nn.Module, trigger: RecoveredTrigger, images: CleanSet, *, precision: str = "auto") -> float:
     """The share of images of other labels that the trigger sends to its label; 0 where there are none."""
-    others = images.x[images.y != trigger.label]
-    if not len(others):
-        return 0.0
-    answers = predict_changed(model, trigger.apply, others, precision=precision).argmax(1)
-    return float((answers == trigger.label).float().mean())
+    return share_led(
+        images, trigger.label, lambda x: predict_changed(model, trigger.apply, x, precision=precision).argmax(1)
+    )
 
 
 def _usual_margin(model: nn.Module, images: CleanSet, label: int, precision: str) -> float:

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from debackdoor.errors import ModelError
 
@@ -58,7 +59,7 @@ def standalone_copy(model: nn.Module) -> nn.Module:
     """
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise ModelError(f"expected the network itself, got it inside {type(model).__name__}; pass model.module")
-    if isinstance(model, torch.jit.ScriptModule):
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
         raise ModelError("expected a network in Python, got a compiled ScriptModule; pass the one it was made from")
     if any("_orig_mod" in module._modules for module in model.modules()):
         raise ModelError("expected a network as it was written, got one from torch.compile; pass what it was made from")
@@ -86,8 +87,10 @@ def apart(model: nn.Module) -> Iterator[None]:
     def hook_of(name: str) -> Callable[..., None]:
         return lambda *_: called.append(name) if threading.get_ident() == here else None
 
-    hooks = [module.register_forward_pre_hook(hook_of(name or "itself")) for name, module in model.named_modules()]
+    hooks = list[RemovableHandle]()
     try:
+        for name, module in model.named_modules():
+            hooks.append(module.register_forward_pre_hook(hook_of(name or "itself")))
         yield
     finally:
         for hook in hooks:
@@ -97,6 +100,12 @@ def apart(model: nn.Module) -> Iterator[None]:
             f"expected a network whose copy stands alone, got one in which a function holds on to {called[0]!r}; write "
             "it as a method of the module"
         )
+
+
+def same_gradients(copy: nn.Module, model: nn.Module) -> None:
+    """Lets those parameters of a copy ask for a gradient, after it was trained, that do so in ``model``."""
+    for name, parameter in model.named_parameters():
+        copy.get_parameter(name).requires_grad_(parameter.requires_grad)
 
 
 def _check_weights(name: str, module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from debackdoor.errors import DebackdoorError, ModelError
 from debackdoor.runtime import answered_at_once, at_most, autocast, has_fast_bf16
+from debackdoor.types import CleanSet
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -129,6 +130,12 @@ def accuracy(logits: Tensor, y: Tensor) -> float:
     """Share of rows whose largest logit is the label's."""
     # Counted rather than averaged: a float32 mean of 0.958 reads 0.9580000042915344 in a record.
     return int(hits(logits, y)) / len(y)
+
+
+def share_led(images: CleanSet, label: int, answers: Callable[[Tensor], Tensor]) -> float:
+    """The share of images of other labels, somehow changed, whose ``answers`` (N,) are ``label``; 0 of none."""
+    others = images.x[images.y != label]
+    return float((answers(others) == label).float().mean()) if len(others) else 0.0
 
 
 def label_shares(logits: Tensor) -> list[float]:
