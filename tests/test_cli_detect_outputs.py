@@ -85,8 +85,8 @@ def _file(shell: Shell) -> list[object]:
     [
         (_existing, "out: expected an empty folder or none, got one with files in it; give another"),
         (_file, "out: expected an empty folder or none, got a file; give another"),
-        (lambda shell: ["--clean-out", shell.folder / "pile"], "pile: expected a folder outside of"),
-        (lambda shell: ["--clean-out", shell.folder / "pile" / "passed"], "passed: expected a folder outside of"),
+        (lambda shell: ["--clean-out", shell.folder / "pile"], "pile: expected a place outside of"),
+        (lambda shell: ["--clean-out", shell.folder / "pile" / "passed"], "passed: expected a place outside of"),
         (lambda shell: ["--clean-out", shell.folder / "a", "--json", shell.folder / "a"], "expected a record outside"),
         (_record_inside, "a.json: expected a record outside of"),
         (lambda shell: ["--clean-out", shell.folder / "no" / "out"], "expected a folder to write to, got none; make"),
