@@ -51,6 +51,7 @@ def test_the_docs_show_what_the_records_say(benchmark: ModuleType) -> None:
         ("scan_tables", "scan", "scan-calibration", "calibration", "docs/results.md"),
         ("scan_tables", "scan", "scan-summary", "summary", "README.md"),
         ("sample_tables", "samples", "samples", "render", "docs/results.md"),
+        ("repair_tables", "checks", "checks", "checked", "docs/results.md"),
         ("sample_tables", "samples", "samples-summary", "summary", "README.md"),
     ],
 )
