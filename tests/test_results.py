@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,9 @@ RECORDS = ROOT / "benchmarks" / "results" / "repair"
 
 
 def git(*arguments: str) -> str:
+    """What git prints; nothing where there is no git, or no repository."""
+    if shutil.which("git") is None:
+        return ""
     return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False).stdout.strip()
 
 

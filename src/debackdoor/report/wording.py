@@ -143,7 +143,7 @@ def advice(verdict: Verdict, record: Mapping[str, Any]) -> tuple[Advice, ...]:
             "bad": (
                 Advice("Do not use the model, neither the file that was given nor the one that was written."),
                 Advice("Get it anew from a source that you trust, or train it anew on data that you have checked."),
-                Advice("Or repair it with more clean images, or another seed; another check decides."),
+                Advice("A repair from more clean images may do better; that its check passes then is no proof."),
             ),
             "good": (
                 Advice("Measure the model that was written on test images of your own before you put it to use."),
