@@ -11,7 +11,9 @@ from torch import nn
 import debackdoor as db
 from debackdoor.case import open_case
 from debackdoor.defenses.rnp import RNP
+from debackdoor.detectors.carried import LEFT, Carried
 from debackdoor.detectors.evidence import RARE, STANDS_OUT, SUSPICIOUS
+from debackdoor.detectors.examination import Examination
 from debackdoor.detectors.label import PileUp
 from debackdoor.models.copying import copied
 from debackdoor.repair import repair_case, repair_unchecked, verify
@@ -58,6 +60,26 @@ def test_the_check_passes_a_repaired_network_and_no_other(model: nn.Sequential) 
     assert not suspect.passed
     assert re.search("after the repair (it is still there for label 2|such a patch still leads)", suspect.message)
     assert repaired.passed
+
+
+@pytest.mark.parametrize(("after", "passed"), [(LEFT - 0.01, True), (LEFT, False)])
+@pytest.mark.parametrize("label", [2, None], ids=["all-to-one", "all-to-all"])
+def test_what_led_the_suspect_model_may_lead_the_repaired_one_no_longer(
+    monkeypatch: pytest.MonkeyPatch, label: int | None, after: float, passed: bool
+) -> None:
+    model = switched_to_the_next() if label is None else switched_to(label)
+    case = open_case(model, row_images(), RNP(precision="fp32"), "cpu")
+    exposure = case.expose()
+    before = case.evidence(exposure)
+    monkeypatch.setattr(Examination, "again", lambda *_: evidence())
+    monkeypatch.setattr(Examination, "carried", lambda *_: (Carried("patch", label, 0.9, after),))
+    verification = verify(case, exposure, before, case.suspect)
+    assert verification.passed is passed
+    assert verification.evidence["carried_before"] == 0.9
+    assert verification.evidence["carried_after"] == after
+    assert verification.evidence.get("carried_label") == label
+    told = "find nothing" if passed else "still there for label 2" if label == 2 else "still leads 25% away"
+    assert told in verification.message
 
 
 def test_an_all_to_all_backdoor_is_gone() -> None:

@@ -124,8 +124,12 @@ def _relearned(case: Case, result: RepairResult, exposure: Exposure, evidence: E
 
 
 def _examine_again(case: Case, model: nn.Module, before: Evidence) -> Evidence:
-    """The same searches on the repaired model, and the unlearnings anew where none had led to the pile-up's label."""
+    """The same searches on the repaired model, and what is found on the suspect one tried on it.
+
+    Unlearnings, too, are made anew where no search had led to the pile-up's label.
+    """
     after = case.examine.again(model, before)
+    after = replace(after, carried=case.examine.carried(case.suspect, model, before))
     if before.pile_up is None or before.pile_up.label not in before.unseen:
         return after
     label = before.pile_up.label
@@ -135,13 +139,16 @@ def _examine_again(case: Case, model: nn.Module, before: Evidence) -> Evidence:
 def _judge(before: Evidence, after: Evidence) -> Verification:
     """Whether what was suspect before still is, by a fresh search."""
     left = remains(before, after)
-    passed = not left and not after.all_to_all
+    away = [carried.after for carried in after.carried if carried.label is None and carried.left]
+    if after.all_to_all and after.shortcuts.away is not None:
+        away.append(after.shortcuts.away)
+    passed = not left and not away
     if passed:
-        now = "after the repair fresh searches find nothing that speaks against it"
+        now = "after the repair searches find nothing that speaks against it"
     elif left:
         now = f"after the repair it is still there for label {', '.join(map(str, left))}"
     else:
-        now = f"after the repair such a patch still leads {after.shortcuts.away:.0%} away"
+        now = f"after the repair such a patch still leads {max(away):.0%} away"
     evidence = {**before.numbers("before"), **after.numbers("after")}
     return Verification(passed, before.label, evidence, f"{'; '.join(findings(before))}; {now}")
 

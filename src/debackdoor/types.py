@@ -116,8 +116,9 @@ class Verification:
     """A repair's own check, made from clean data alone.
 
     Attributes:
-        passed: whether fresh searches find nothing against the labels that were suspect before, or all of them; a
-            pile-up is measured again only where no search had led to its label.
+        passed: whether fresh searches find nothing against the labels that were suspect before, or all of them, and
+            what leads the suspect model there leads the repaired one no longer; a pile-up is measured again only where
+            no search had led to its label.
         label: the most suspect label, or None where nothing was exposed, or a backdoor to many labels (all-to-all).
         evidence: the numbers behind it, before and after the repair.
         message: one sentence for a person.

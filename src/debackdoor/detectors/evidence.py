@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from debackdoor.detectors.carried import Carried
 from debackdoor.detectors.label import PileUp
 from debackdoor.detectors.margin import Margins
 from debackdoor.detectors.perturbations import KINDS
@@ -64,12 +65,14 @@ class Evidence:
             classes any label gets many answers; only batch normalisation holds activations in place while the clean
             task is forgotten (the answers of a plain VGG gathered on a label that was no backdoor's); and a shallow
             network has one way to forget, whatever it forgets.
+        carried: after a repair, what was found on the suspect model and tried on this one.
     """
 
     margins: Margins
     shortcuts: Shortcuts
     squares: Squares
     pile_up: PileUp | None = None
+    carried: tuple[Carried, ...] = ()
 
     @property
     def rates(self) -> Mapping[str, Mapping[int, float]]:
@@ -178,6 +181,10 @@ class Evidence:
             numbers[f"{kind}_label_{when}"] = best
             numbers[f"{kind}_success_{when}"] = rates[best]
             numbers[f"{kind}_lead_{when}"] = lead(rates, best)
+        if self.carried:
+            most = self.carried[0]
+            numbers |= {"carried_before": most.before, "carried_after": most.after}
+            numbers |= {} if most.label is None else {"carried_label": most.label}
         numbers |= {f"{kind}_size_{when}": size for kind, size in vars(self.shortcuts.sizes).items()}
         return numbers
 
@@ -188,5 +195,6 @@ def threshold(kind: str) -> float:
 
 
 def remains(before: Evidence, after: Evidence) -> list[int]:
-    """The labels suspect before that still are."""
-    return [label for label in before.reasons if label in after.reasons]
+    """The labels suspect before that still are, or to which what led there before still does."""
+    led = {carried.label for carried in after.carried if carried.left}
+    return [label for label in before.reasons if label in after.reasons or label in led]

@@ -9,6 +9,7 @@ from statistics import median
 import numpy as np
 from torch import nn
 
+from debackdoor.detectors.carried import Carried, carried_over
 from debackdoor.detectors.evidence import Evidence
 from debackdoor.detectors.margin import Margins, largest_margins
 from debackdoor.detectors.perturbations import Additive, Sizes
@@ -94,6 +95,22 @@ class Examination:
         fresh = replace(self, seed=self.seed + 1)
         shortcuts = fresh._shortcuts(model, [*suspects, *others], away, before.shortcuts.sizes)
         return Evidence(fresh._margins(model), shortcuts, fresh._squares(model))
+
+    def carried(self, suspect: nn.Module, model: nn.Module, before: Evidence) -> tuple[Carried, ...]:
+        """What leads the suspect model to the labels that were suspect, or away, tried on the repaired one."""
+        suspect, model = (fused(network, self.fit.x[:2]) for network in (suspect, model))
+        return carried_over(
+            suspect,
+            model,
+            self.fit,
+            self.holdout,
+            list(before.reasons)[:MOST_LABELS],
+            away=before.all_to_all,
+            sizes=before.shortcuts.sizes,
+            seed=self.seed + 1,
+            precision=self.precision,
+            progress=self.progress,
+        )
 
     def _margins(self, model: nn.Module) -> Margins:
         return largest_margins(

@@ -14,8 +14,8 @@ from statistics import median
 from torch import Tensor, nn
 
 from debackdoor.detectors.perturbations import KINDS, Additive, Sizes
-from debackdoor.detectors.universal import AWAY, Aim, UniversalSearch, aims_at, patches_away
-from debackdoor.models.forward import accuracy, predict, share_led
+from debackdoor.detectors.universal import AWAY, UniversalSearch, aims_at, patches_away
+from debackdoor.models.forward import accuracy, predict
 from debackdoor.types import CleanSet, Progress
 
 STEPS, IMAGES = 60, 4
@@ -96,14 +96,8 @@ def find_shortcuts(
             fall = right - float((answers == holdout.y).float().mean())
             away_and_gathered.append((fall, float(answers.bincount().max()) / len(answers)))
         else:
-            rates[aim.kind.kind][aim.target] = _success(search, model, holdout, number, aim, precision)
+            rates[aim.kind.kind][aim.target] = search.success(model, holdout, number, precision=precision)
             if aim.kind is Additive:
                 patterns[aim.target] = search.pattern(number).cpu()
     most, gathered = max(away_and_gathered, key=lambda found: found[0] - found[1], default=(None, None))
     return Shortcuts(rates, most, gathered, patterns, sizes)
-
-
-def _success(
-    search: UniversalSearch, model: nn.Module, holdout: CleanSet, number: int, aim: Aim, precision: str
-) -> float:
-    return share_led(holdout, aim.target, lambda x: search.answers(model, x, number, precision=precision))

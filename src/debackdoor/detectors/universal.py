@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from debackdoor.data.augment import random_shift_by
 from debackdoor.detectors.perturbations import KINDS, Additive, Patch, Perturbations, Sizes
-from debackdoor.models.forward import logits_of, predict_changed
+from debackdoor.models.forward import accuracy, logits_of, predict, predict_changed, share_led
 from debackdoor.runtime import at_most, autocast, generator, sent, to_report
 from debackdoor.types import CleanSet, Progress
 
@@ -144,6 +144,17 @@ class UniversalSearch:
             return self.apply(part, torch.full((len(part),), number))
 
         return predict_changed(model, perturbed, x, precision=precision).argmax(1)
+
+    def success(self, model: nn.Module, images: CleanSet, number: int, *, precision: str = "auto") -> float:
+        """The share of images of other labels that one of the perturbations sends to its own.
+
+        Where it leads away: how far accuracy on all images falls under it.
+        """
+        target = self.aims[number].target
+        if target != AWAY:
+            return share_led(images, target, lambda x: self.answers(model, x, number, precision=precision))
+        right = accuracy(predict(model, images.x, precision=precision), images.y)
+        return right - float((self.answers(model, images.x, number, precision=precision) == images.y).float().mean())
 
 
 def patches_away(count: int) -> list[Aim]:

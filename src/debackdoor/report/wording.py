@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from debackdoor.detectors.carried import LEFT
 from debackdoor.detectors.evidence import FAINT, FAIRLY_RARE, OUTSTANDING, PILED_UP, RARE, STANDS_OUT, threshold
 
 Name = Callable[[int], str]
@@ -90,6 +91,8 @@ PILE_UP = (
 MARGIN = (
     "How much surer than of any other label the model can be made, by any image at all. A backdoor's label stands out."
 )
+
+CARRIED = "Of what was found on the model that was given, what works best on the repaired one."
 
 TOGETHER = (
     f"A pile-up from {100 * FAINT:.0f} points above an even spread and a margin of p ≤ {FAIRLY_RARE:g} count together "
@@ -196,7 +199,7 @@ def signs(
 
     rows = [_pile_up(get, classes, reasons, name), _margin(get, reasons, name)]
     rows += [_shortcut(get, kind, reasons, name) for kind in _KINDS]
-    rows.append(_away(get, reasons))
+    rows += [_away(get, reasons), _carried(get, evidence.get("carried_label"), name)]
     return [row for row in rows if row is not None]
 
 
@@ -257,6 +260,15 @@ def _away(get: Get, reasons: Sequence[str]) -> Sign | None:
         None if spread is None else spread / STANDS_OUT,
         "away" in reasons,
     )
+
+
+def _carried(get: Get, label: float | None, name: Name) -> Sign | None:
+    success = get("carried")
+    if success is None:
+        return None
+    where = "are led away" if label is None else f"go to {name(int(label))}"
+    found = f"{percent(success)} {where}"
+    return Sign("carried", "Found before, tried again", CARRIED, found, percent(LEFT), success / LEFT, False)
 
 
 def _sentence(message: str) -> str:
