@@ -42,7 +42,7 @@ def test_the_record_holds_the_settings_and_every_image(shell: Shell, stand_in: S
     assert [round(float(image[0, 0, 0]) * 255) for image in pile] == [0, 1, 2, 3]
     assert stand_in.given == {
         "images": 60, "method": "strip", "on": "original", "false_positive_rate": 0.05, "seed": 3, "device": "cpu",
-        "precision": "auto", "memory": 6.0,
+        "precision": "auto", "memory": 6.0, "keep": None,
     }  # fmt: skip
     record = valid(target.read_text())
     assert list(record["seconds"]) == list(stages.seconds) == ["load", "unlearn"]

@@ -76,6 +76,7 @@ def test_repair_writes_the_model_and_its_record(shell: Shell, stand_in: StandIn)
         "device": "cpu",
         "precision": "auto",
         "memory": 6.0,
+        "keep": None,
     }
     assert checkpoint.read_bytes() == before
 

@@ -90,6 +90,7 @@ def test_the_record_holds_the_settings_and_what_was_found(shell: Shell, stand_in
         "device": "cpu",
         "precision": "auto",
         "memory": 6.0,
+        "keep": None,
     }
     record = valid(target.read_text())
     assert record["seconds"] == {stage: round(value, 3) for stage, value in stages.seconds.items()}

@@ -241,3 +241,14 @@ def test_no_form_takes_the_place_of_another(shell: Shell, stand_in: StandIn, for
     ran = shell(*scan_of(shell, *(item for form in forms for item in (form, shell.folder / "out"))))
     assert (ran.code, stand_in.given) == (2, {})
     assert "expected a file of its own to write, got that of another use; give another file" in ran.err
+
+
+@pytest.mark.parametrize("place", ["images", "images/stages", "file"])
+def test_stages_are_kept_in_no_place_that_is_another_s(shell: Shell, stand_in: StandIn, place: str) -> None:
+    (shell.folder / "images").mkdir()
+    (shell.folder / "file").write_text("taken")
+    given = ["scan", shell.checkpoint(), "--arch", "net.py:make", "--clean", shell.folder / "images"]
+    ran = shell(*given, "--keep", shell.folder / place)
+    assert ran.code == 2
+    assert "expected a" in ran.err
+    assert stand_in.given == {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from torch import nn
 
@@ -24,6 +25,7 @@ def scan_and_repair(
     device: str = "auto",
     precision: str = "auto",
     memory: float = DEFAULT,
+    keep: str | Path | None = None,
     progress: Progress | None = None,
     scanned: Callable[[ScanReport], object] | None = None,
 ) -> tuple[ScanReport, RepairResult]:
@@ -37,6 +39,7 @@ def scan_and_repair(
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``auto``, ``fp32`` or ``bf16``.
         memory: GiB that may be taken.
+        keep: a folder that finished stages are kept in and, with the same arguments, taken from; None keeps none.
         progress: called from inside long loops.
         scanned: called with the scan's report, as soon as there is one.
 
@@ -45,7 +48,7 @@ def scan_and_repair(
         ModelError: if the model's answers do not depend on the image, or are no better than chance.
     """
     check_fraction(budget=budget)
-    case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory)
+    case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory, keep=keep)
     with case.within_memory():
         exposure = case.expose()
         evidence = case.evidence(exposure)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from operator import attrgetter
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ from debackdoor.models.forward import (
 from debackdoor.models.layout import to_faster_layout
 from debackdoor.rnp.modes import norms_that_learn
 from debackdoor.rnp.unlearn import Unlearned, unlearn
-from debackdoor.runtime import at_once, learning, resolve_device, seeded
+from debackdoor.runtime import at_once, device_name, learning, resolve_device, seeded
+from debackdoor.stages import Keep, anew, stages_in
 from debackdoor.types import CleanSet, Progress
 
 FEWEST_NORMS = 8
@@ -66,6 +68,7 @@ class Case:
         most: how many images may go through it at once.
         method: unlearns, recovers and prunes.
         progress: called from inside long loops.
+        keep: has the finished stages of an earlier run, or keeps none.
     """
 
     suspect: nn.Module
@@ -76,6 +79,7 @@ class Case:
     most: int
     method: RNP
     progress: Progress | None
+    keep: Keep = anew
 
     def within_memory(self) -> AbstractContextManager[None]:
         """A context in which no more images than may are computed on at once, and gradients are kept."""
@@ -85,7 +89,7 @@ class Case:
     def examine(self) -> Examination:
         """The searches, the same before and after a repair."""
         m = self.method
-        return Examination(self.fit, self.holdout, self.classes, m.seed, m.precision, self.progress)
+        return Examination(self.fit, self.holdout, self.classes, m.seed, m.precision, self.progress, self.keep)
 
     def unlearn(self, model: nn.Module) -> Unlearned:
         """Makes a copy of a model forget the clean task."""
@@ -94,7 +98,7 @@ class Case:
 
     def expose(self) -> Exposure:
         """Unlearns the clean task and recovers it."""
-        return self.method.expose(self.suspect, self.fit, progress=self.progress)
+        return self.method.expose(self.suspect, self.fit, progress=self.progress, keep=self.keep)
 
     def unlearn_parts(self, model: nn.Module, runs: int) -> Iterator[Unlearned]:
         """Makes copies of a model forget parts of the clean task, by the normalisation layers alone."""
@@ -106,11 +110,15 @@ class Case:
 
         A label of more than its part of the images has more of the answers to begin with: those are not counted.
         """
-        # Unlike a generator expression, map does not hold on to the last model while the next one is made.
-        histories = map(attrgetter("history"), self.unlearn_parts(model, RUNS))
         even = 1 / self.classes
+
+        def repeated() -> list[float]:
+            # Unlike a generator expression, map does not hold on to the last model while the next one is made.
+            histories = map(attrgetter("history"), self.unlearn_parts(model, RUNS))
+            return repeated_shares(histories, least=FAINT + even)
+
         usual = torch.bincount(self.fit.y, minlength=self.classes).double() / len(self.fit)
-        shares = repeated_shares(histories, least=FAINT + even)
+        shares = self.keep("pile-ups", repeated, model)
         return [share - max(0.0, part - even) for share, part in zip(shares, usual.tolist(), strict=True)]
 
     def evidence(self, exposure: Exposure) -> Evidence:
@@ -133,6 +141,7 @@ def open_case(
     progress: Progress | None = None,
     *,
     memory: float = DEFAULT,
+    keep: str | Path | None = None,
 ) -> Case:
     """Copies the model, checks that the clean set fits it, and splits that.
 
@@ -143,11 +152,12 @@ def open_case(
         device: ``auto``, ``cpu`` or ``cuda``.
         progress: called from inside long loops.
         memory: GiB that may be taken.
+        keep: a folder that finished stages are kept in, and taken from; None keeps none.
 
     Raises:
         DataError: if the clean set is too small, holds one class only, or has labels the model does not know.
         ModelError: if the model's answers do not depend on the image, or are no better than chance.
-        DebackdoorError: if the memory does not suffice for the model.
+        DebackdoorError: if the memory does not suffice for the model, or the folder cannot be written to.
     """
     check_positive(memory=memory)
     if not isinstance(method.seed, int) or not 0 <= method.seed < 2**31:
@@ -163,7 +173,9 @@ def open_case(
         fit, holdout = split_clean(clean, HOLDOUT, method.seed)
         classes = predict(suspect, clean.x[:2], precision=method.precision).shape[1]
         most = images_within(memory, suspect, clean.x, method.precision)
-    return Case(suspect, clean, fit, holdout, classes, most, method, progress)
+    given = (clean.x, clean.y, method, most, device_name(place))
+    stages = anew if keep is None else stages_in(keep, suspect, *given, progress=progress)
+    return Case(suspect, clean, fit, holdout, classes, most, method, progress, stages)
 
 
 @contextmanager

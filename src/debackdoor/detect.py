@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from scipy.stats import betabinom
@@ -53,6 +54,7 @@ def detect_samples(
     device: str = "auto",
     precision: str = "auto",
     memory: float = DEFAULT,
+    keep: str | Path | None = None,
     progress: Progress | None = None,
 ) -> SampleScores:
     """Scores every image for how likely it carries the trigger that the model answers to.
@@ -69,6 +71,7 @@ def detect_samples(
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``auto``, ``fp32`` or ``bf16``.
         memory: GiB that may be taken.
+        keep: a folder that finished stages are kept in and, with the same arguments, taken from; None keeps none.
         progress: called from inside long loops.
 
     Raises:
@@ -87,7 +90,7 @@ def detect_samples(
         )
     pile = images.x if isinstance(images, CleanSet) else images
     checked_pile(clean, pile, torch.zeros(pile.shape[:1], dtype=torch.int64, device=pile.device))
-    case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory)
+    case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory, keep=keep)
     with case.within_memory():
         return _judge(case, contiguous(pile.detach().to(case.clean.x.device)), method, on, false_positive_rate)
 
@@ -142,8 +145,8 @@ def repaired_model(case: Case) -> nn.Module | None:
 def expose_several(case: Case, several: bool) -> list[Unlearned]:
     """Several models exposed by their normalisation layers, where these learn, or one exposed by all weights."""
     if several and normalisation_learns(case.suspect):
-        return list(case.unlearn_parts(case.suspect, SEVERAL))
-    return [case.unlearn(case.suspect)]
+        return case.keep("unlearn-parts", lambda: list(case.unlearn_parts(case.suspect, SEVERAL)), SEVERAL)
+    return [case.keep("unlearn", lambda: case.unlearn(case.suspect))]
 
 
 def _by_chance(flagged: int, images: int, above: int, clean: int) -> float:

@@ -6,6 +6,8 @@ Everything is chosen from the clean set alone: its fit part teaches, its hold-ou
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -37,6 +39,7 @@ def repair(
     device: str = "auto",
     precision: str = "auto",
     memory: float = DEFAULT,
+    keep: str | Path | None = None,
     progress: Progress | None = None,
 ) -> RepairResult:
     """Removes the backdoor from a copy of ``model``, if unlearning, a large margin or a shortcut shows one.
@@ -51,6 +54,7 @@ def repair(
         precision: ``auto``, ``fp32`` or ``bf16``.
         memory: GiB that may be taken; where a step's images do not fit, they go through the model in parts, and batch
             normalisation takes statistics of these.
+        keep: a folder that finished stages are kept in and, with the same arguments, taken from; None keeps none.
         progress: called from inside long loops.
 
     Raises:
@@ -58,7 +62,7 @@ def repair(
         ModelError: if the model's answers do not depend on the image, or are no better than chance.
     """
     check_fraction(budget=budget)
-    case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory)
+    case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory, keep=keep)
     with case.within_memory():
         exposure = case.expose()
         result = repair_case(case, exposure, case.evidence(exposure), budget)
@@ -91,14 +95,16 @@ def verify(case: Case, exposure: Exposure, before: Evidence, model: nn.Module) -
 def repair_unchecked(case: Case, exposure: Exposure, found: Evidence, budget: float = BUDGET) -> RepairResult:
     """A repair that nothing checks; its model is laid out in memory as the suspect one is."""
     method = replace(case.method, budget=budget / 2)
-    plan = method.choose(case.suspect, exposure, case.clean, progress=case.progress) if found.exposed else ()
+    choose = partial(method.choose, case.suspect, exposure, case.clean, progress=case.progress)
+    plan = case.keep("prune", choose, exposure.ranking, budget) if found.exposed else ()
     result = method.remove(case.suspect, exposure, plan, case.holdout)
     return _relearned(case, result, exposure, found, budget) if found.exposed else result
 
 
 def _relearned(case: Case, result: RepairResult, exposure: Exposure, evidence: Evidence, budget: float) -> RepairResult:
     """The result with triggers unlearned, or with pruning alone where that costs too much accuracy."""
-    learned = relearn(
+    teach = partial(
+        relearn,
         case.suspect,
         exposure.layers,
         result.plan,
@@ -112,6 +118,7 @@ def _relearned(case: Case, result: RepairResult, exposure: Exposure, evidence: E
         pruned=result.model,
         progress=case.progress,
     )
+    learned = case.keep("relearn", teach, result.plan, evidence.aims, evidence.stamps, budget)
     numbers = {"lr": learned.lr, "accuracy": learned.accuracy, "triggers": len(evidence.aims) + len(evidence.stamps)}
     history = {**result.history, "relearn": learned.history}
     if learned.model is None:

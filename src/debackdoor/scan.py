@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -35,6 +37,7 @@ def scan(
     device: str = "auto",
     precision: str = "auto",
     memory: float = DEFAULT,
+    keep: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ScanReport:
     """Tells whether ``model`` hides a backdoor, to which label, and by what trigger.
@@ -48,6 +51,7 @@ def scan(
         precision: ``auto``, ``fp32`` or ``bf16``.
         memory: GiB that may be taken; where a step's images do not fit, they go through the model in parts, and batch
             normalisation takes statistics of these.
+        keep: a folder that finished stages are kept in and, with the same arguments, taken from; None keeps none.
         progress: called from inside long loops.
 
     Returns:
@@ -60,7 +64,7 @@ def scan(
         ModelError: if the model does not take the images, or its answers do not depend on them.
     """
     try:
-        case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory)
+        case = open_case(model, clean, RNP(seed=seed, precision=precision), device, progress, memory=memory, keep=keep)
     except (ChanceError, TooFewError) as error:
         return ScanReport("inconclusive", f"nothing can be told: {error}", None, (), False, None, {}, (), {})
     with case.within_memory():
@@ -81,10 +85,12 @@ def scan_case(case: Case, exposure: Exposure, evidence: Evidence, *, all_trigger
     trigger, failures = None, list[str]()
     if all_triggers:
         with _spared(verdict, "a trigger towards every label could not be searched for", failures):
-            history["triggers"] = _all_triggers(case)
+            history["triggers"] = case.keep("all-triggers", partial(_all_triggers, case))
     if labels:
         with _spared(verdict, "its trigger could not be recovered", failures):
-            trigger = _recover(case, exposure, labels[0])
+            trigger = case.keep(
+                "trigger", partial(_recover, case, exposure, labels[0]), exposure.unlearned.model, labels[0]
+            )
     suspects = tuple(_suspect(case, exposure, evidence, label) for label in labels)
     if trigger is not None:
         found = {"trigger_success": trigger.success_rate, "trigger_pixels": trigger.l1}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_new_folder, each_of, finding_stands, paths_among
+from debackdoor.cli.output import Output, check_kept, check_new_folder, each_of, finding_stands, paths_among
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
 from debackdoor.text import visible
 
@@ -76,6 +76,7 @@ def detect(
     device: options.DeviceName = options.Device.AUTO,
     precision: options.PrecisionName = options.Precision.AUTO,
     memory: options.Memory = 6.0,
+    keep: options.Keep = None,
     deterministic: options.Deterministic = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -92,7 +93,9 @@ def detect(
         own = " and ".join(OWN)
         raise typer.BadParameter(f"expected exposed for {own}, got {on}; choose another --method", param_hint="--on")
     output = Output(quiet, json_to)
-    output.check_json([checkpoint, *paths_among(clean, suspects, arch)])
+    read = paths_among(clean, suspects, arch)
+    output.check_json([checkpoint, *read])
+    check_kept(keep, read)
     if clean_out is not None:
         check_new_folder(clean_out, paths_among(clean, suspects), json_to)
 
@@ -119,6 +122,7 @@ def detect(
             device=device,
             precision=precision,
             memory=memory,
+            keep=keep,
             progress=stages,
         )
 

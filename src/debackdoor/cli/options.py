@@ -85,6 +85,10 @@ Deterministic = Annotated[
     bool, typer.Option("--deterministic", help="On a GPU, compute the same numbers in every run; takes longer.")
 ]
 Memory = Annotated[float, typer.Option(min=0, metavar="GIB", help="How much memory may be taken, in GiB.")]
+Keep = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Keep finished stages here, and go on from those of an earlier run."),
+]
 JsonTo = Annotated[
     str | None, typer.Option("--json", metavar="FILE", help="Write the result as JSON; - for standard output.")
 ]

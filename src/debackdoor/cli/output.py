@@ -98,7 +98,12 @@ class Output:
         with ExitStack() as stack:
             if self._json_to == _STDOUT:
                 stack.enter_context(redirect_stdout(sys.stderr))
-            yield stack.enter_context(Stages(show=not self._quiet))
+            stages = stack.enter_context(Stages(show=not self._quiet))
+            yield stages
+        from debackdoor.stages import TAKEN
+
+        if TAKEN in stages.seconds:
+            self.say("finished stages of an earlier run were taken")
 
     def check_json(self, inputs: Iterable[Path]) -> None:
         """Checks, before any work, that the record can be written and takes the place of none of ``inputs``.
@@ -272,6 +277,28 @@ def check_outside(path: Path, folders: Iterable[Path]) -> None:
     for folder in filter(os.path.isdir, folders):
         if here.is_relative_to(os.path.realpath(folder)):
             raise DebackdoorError(f"{path}: expected a place outside of {folder}, which is read; give another")
+
+
+def check_kept(folder: Path | None, inputs: Iterable[Path]) -> None:
+    """Checks, before any work, that finished stages can be kept in ``folder``, where there is to be one.
+
+    Raises:
+        DebackdoorError: if not, or if it is inside of one of ``inputs`` that are folders.
+    """
+    if folder is not None:
+        check_to_be_folder(folder)
+        check_outside(folder, inputs)
+
+
+def check_to_be_folder(folder: Path) -> None:
+    """Checks that ``folder`` can be written to, or made.
+
+    Raises:
+        DebackdoorError: if not.
+    """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise DebackdoorError(f"{folder}: expected a folder to write to, got a file; give another")
+    check_folder(next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists()))
 
 
 def check_folder(folder: Path) -> None:

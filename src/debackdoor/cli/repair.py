@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_file, check_more, each_of, finding_stands, paths_among, write_text
+from debackdoor.cli.output import (
+    Output,
+    check_file,
+    check_kept,
+    check_more,
+    each_of,
+    finding_stands,
+    paths_among,
+    write_text,
+)
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
 from debackdoor.cli.words import numbers_in_words
 from debackdoor.errors import DebackdoorError
@@ -44,6 +53,7 @@ def repair(
     device: options.DeviceName = options.Device.AUTO,
     precision: options.PrecisionName = options.Precision.AUTO,
     memory: options.Memory = 6.0,
+    keep: options.Keep = None,
     deterministic: options.Deterministic = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -63,6 +73,7 @@ def repair(
     taken = [checkpoint, out, *read]
     check_more(taken, html, scan_json)
     output.check_json(taken)
+    check_kept(keep, read)
 
     from debackdoor.both import scan_and_repair
     from debackdoor.checkpoint import write_checkpoint
@@ -83,7 +94,7 @@ def repair(
         images = load_clean(clean, limit, seed)
         stages.begin("repair")
         settings: dict[str, Any] = {"seed": seed, "device": device, "precision": precision, "memory": memory}
-        settings["progress"] = stages
+        settings |= {"keep": keep, "progress": stages}
 
         def head() -> dict[str, Any]:
             return header(loaded, data=clean, seed=seed, seconds=stages.seconds)

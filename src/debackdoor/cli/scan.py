@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_more, each_of, finding_stands, paths_among, write_text
+from debackdoor.cli.output import Output, check_kept, check_more, each_of, finding_stands, paths_among, write_text
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK
 from debackdoor.cli.words import numbers_in_words
 from debackdoor.text import visible
@@ -55,6 +55,7 @@ def scan(
     device: options.DeviceName = options.Device.AUTO,
     precision: options.PrecisionName = options.Precision.AUTO,
     memory: options.Memory = 6.0,
+    keep: options.Keep = None,
     deterministic: options.Deterministic = False,
     quiet: options.Quiet = False,
     debug: options.Debug = False,
@@ -66,9 +67,11 @@ def scan(
     Exits with 0 if nothing was found, with 1 for a finding at or above --fail-on, and with 3 if nothing could be told.
     """
     output = Output(quiet, json_to)
-    taken = [checkpoint, *paths_among(clean, arch)]
+    read = paths_among(clean, arch)
+    taken = [checkpoint, *read]
     check_more(taken, html, sarif)
     output.check_json(taken)
+    check_kept(keep, read)
 
     from debackdoor.data import load_clean
     from debackdoor.models import open_model
@@ -94,6 +97,7 @@ def scan(
             device=device,
             precision=precision,
             memory=memory,
+            keep=keep,
             progress=stages,
         )
     status = _status(report, fail_on)

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_file, check_folder, each_of, finding_stands, paths_among
+from debackdoor.cli.output import Output, check_file, check_to_be_folder, each_of, finding_stands, paths_among
 from debackdoor.cli.scan import FailOn
 from debackdoor.cli.status import BACKDOORED, ERROR, INCONCLUSIVE, OK
-from debackdoor.errors import DebackdoorError
 from debackdoor.text import visible
 
 if TYPE_CHECKING:
@@ -141,9 +140,7 @@ def _findings_stand(results: Mapping[str, Result], fail_on: FailOn, debug: bool)
 
 def _check_outputs(output: Output, out: Path, manifest: Path, entries: Sequence[Entry]) -> None:
     """Checks, before any work, that the results can be written and take the place of nothing that is read."""
-    if out.exists() and not out.is_dir():
-        raise DebackdoorError(f"{out}: expected a folder to write to, got a file; give another")
-    check_folder(next(path for path in (out.absolute(), *out.absolute().parents) if path.exists()))
+    check_to_be_folder(out)
     read = [manifest, *(file for entry in entries for file in paths_among(entry.path, entry.clean, entry.arch))]
     written = [out / "scan.parquet", out / "index.html"]
     if out.is_dir():

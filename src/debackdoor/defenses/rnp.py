@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +23,7 @@ from debackdoor.models.forward import accuracy, in_eval, predict
 from debackdoor.rnp.prune import Cost, below, plan_mask, prune, rank, spared
 from debackdoor.rnp.recover import Recovered, RecoverSettings, recover
 from debackdoor.rnp.unlearn import Unlearned, UnlearnSettings, unlearn
+from debackdoor.stages import Keep, anew
 from debackdoor.types import CleanSet, Plan, Progress, RepairResult, Step
 
 
@@ -104,15 +105,16 @@ class RNP(Defense):
         plan = self.choose(model, exposure, clean, progress=progress)
         return self.remove(model, exposure, plan, holdout)
 
-    def expose(self, model: nn.Module, fit: CleanSet, *, progress: Progress | None = None) -> Exposure:
-        """Stages 1 and 2, and the ranking they give."""
+    def expose(
+        self, model: nn.Module, fit: CleanSet, *, progress: Progress | None = None, keep: Keep = anew
+    ) -> Exposure:
+        """Stages 1 and 2, which ``keep`` may have from an earlier run, and the ranking they give."""
         layers = find_channels(model, fit.x[:2])
         if self.threshold is not None:
             layers = norms_or_all(layers)
-        unlearned = unlearn(model, fit, self.unlearning, seed=self.seed, precision=self.precision, progress=progress)
-        recovered = recover(
-            unlearned.model, layers, fit, self.recovery, seed=self.seed, precision=self.precision, progress=progress
-        )
+        usual: dict[str, Any] = {"seed": self.seed, "precision": self.precision, "progress": progress}
+        unlearned = keep("unlearn", partial(unlearn, model, fit, self.unlearning, **usual))
+        recovered = keep("recover", partial(recover, unlearned.model, layers, fit, self.recovery, **usual))
         return Exposure(unlearned, recovered, layers, rank(layers, recovered.mask, ties=recovered.mean_mask))
 
     def choose(

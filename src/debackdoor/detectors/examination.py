@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from statistics import median
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -16,6 +18,7 @@ from debackdoor.detectors.perturbations import Additive, Sizes
 from debackdoor.detectors.shortcut import AWAY_STARTS, Shortcuts, find_shortcuts
 from debackdoor.detectors.squares import Squares, find_squares
 from debackdoor.fusing import fused
+from debackdoor.stages import Keep, anew, of
 from debackdoor.types import CleanSet, Progress
 
 LEADS_ANYWHERE, HALVINGS = 0.4, 2
@@ -42,6 +45,7 @@ class Examination:
         seed: of the searches.
         precision: ``auto``, ``fp32`` or ``bf16``.
         progress: called from inside the searches.
+        keep: has the searches of an earlier run, or keeps none.
     """
 
     fit: CleanSet
@@ -50,22 +54,23 @@ class Examination:
     seed: int = 0
     precision: str = "auto"
     progress: Progress | None = None
+    keep: Keep = anew
 
     def __call__(self, model: nn.Module, first: int) -> Evidence:
         """Margins and squares of all labels, shortcuts to ``first`` and those with the largest margins, and away."""
-        model = fused(model, self.fit.x[:2])
-        margins = self._margins(model)
+        here, model = self._on(model)
+        margins = here._margins(model)
         by_margin = [int(label) for label in np.argsort(margins.values)[::-1] if label != first]
-        shortcuts = self._shortcuts(model, [first, *by_margin][:MOST_LABELS], AWAY_STARTS)
-        return Evidence(margins, shortcuts, self._squares(model))
+        shortcuts = here._shortcuts(model, [first, *by_margin][:MOST_LABELS], AWAY_STARTS)
+        return Evidence(margins, shortcuts, here._squares(model))
 
     def once_more(self, model: nn.Module, found: Evidence) -> Evidence:
         """What was found, with a second search for patches away, and with smaller perturbations where they are needed.
 
         Not every search finds an all-to-all backdoor; this one has no other aims beside it.
         """
-        model = fused(model, self.fit.x[:2])
-        fresh, shortcuts = replace(self, seed=self.seed + 1), found.shortcuts
+        here, model = self._on(model)
+        fresh, shortcuts = replace(here, seed=self.seed + 1), found.shortcuts
         more = fresh._shortcuts(model, (), AWAY_STARTS)
         if more.spread > shortcuts.spread:
             shortcuts = replace(shortcuts, away=more.away, gathered=more.gathered)
@@ -88,60 +93,42 @@ class Examination:
 
     def again(self, model: nn.Module, before: Evidence) -> Evidence:
         """The same for a repaired model from a new start, with shortcuts to the suspects and a few labels beside."""
-        model = fused(model, self.fit.x[:2])
+        here, model = self._on(model)
         suspects = list(before.reasons)
         others = [label for label in before.shortcuts.rates["patch"] if label not in suspects][:COMPARED]
         away = AWAY_STARTS if before.all_to_all else 0
-        fresh = replace(self, seed=self.seed + 1)
+        fresh = replace(here, seed=self.seed + 1)
         shortcuts = fresh._shortcuts(model, [*suspects, *others], away, before.shortcuts.sizes)
         return Evidence(fresh._margins(model), shortcuts, fresh._squares(model))
 
     def carried(self, suspect: nn.Module, model: nn.Module, before: Evidence) -> tuple[Carried, ...]:
         """What leads the suspect model to the labels that were suspect, or away, tried on the repaired one."""
-        suspect, model = (fused(network, self.fit.x[:2]) for network in (suspect, model))
-        return carried_over(
-            suspect,
-            model,
-            self.fit,
-            self.holdout,
-            list(before.reasons)[:MOST_LABELS],
-            away=before.all_to_all,
-            sizes=before.shortcuts.sizes,
-            seed=self.seed + 1,
-            precision=self.precision,
-            progress=self.progress,
-        )
+        labels, seed = list(before.reasons)[:MOST_LABELS], self.seed + 1
+        looked_for: dict[str, Any] = {"away": before.all_to_all, "sizes": before.shortcuts.sizes}
+
+        def make() -> tuple[Carried, ...]:
+            on, to = (fused(network, self.fit.x[:2]) for network in (suspect, model))
+            usual = {**self._usual, **looked_for, "seed": seed}
+            return carried_over(on, to, self.fit, self.holdout, labels, **usual)
+
+        return self.keep("carried", make, suspect, model, labels, seed, looked_for)
+
+    def _on(self, model: nn.Module) -> tuple[Examination, nn.Module]:
+        """The searches as those on this model, and what they are to search on in its place."""
+        return replace(self, keep=of(self.keep, model)), fused(model, self.fit.x[:2])
 
     def _margins(self, model: nn.Module) -> Margins:
-        return largest_margins(
-            model,
-            self.fit.x,
-            self.num_classes,
-            seed=self.seed,
-            precision=self.precision,
-            progress=self.progress,
-        )
+        search = partial(largest_margins, model, self.fit.x, self.num_classes, **self._usual)
+        return self.keep("margins", search, self.seed)
 
     def _shortcuts(self, model: nn.Module, labels: Sequence[int], away: int, sizes: Sizes | None = None) -> Shortcuts:
-        return find_shortcuts(
-            model,
-            self.fit,
-            self.holdout,
-            labels,
-            away=away,
-            sizes=sizes,
-            seed=self.seed,
-            precision=self.precision,
-            progress=self.progress,
-        )
+        search = partial(find_shortcuts, model, self.fit, self.holdout, labels, away=away, sizes=sizes, **self._usual)
+        return self.keep("shortcuts", search, self.seed, labels, away, sizes)
 
     def _squares(self, model: nn.Module) -> Squares:
-        return find_squares(
-            model,
-            self.fit,
-            self.holdout,
-            self.num_classes,
-            seed=self.seed,
-            precision=self.precision,
-            progress=self.progress,
-        )
+        search = partial(find_squares, model, self.fit, self.holdout, self.num_classes, **self._usual)
+        return self.keep("squares", search, self.seed)
+
+    @property
+    def _usual(self) -> dict[str, Any]:
+        return {"seed": self.seed, "precision": self.precision, "progress": self.progress}
