@@ -243,12 +243,31 @@ def test_no_form_takes_the_place_of_another(shell: Shell, stand_in: StandIn, for
     assert "expected a file of its own to write, got that of another use; give another file" in ran.err
 
 
-@pytest.mark.parametrize("place", ["images", "images/stages", "file"])
-def test_stages_are_kept_in_no_place_that_is_another_s(shell: Shell, stand_in: StandIn, place: str) -> None:
+@pytest.mark.parametrize(
+    ("place", "told"),
+    [
+        ("images", "expected a place outside of"),
+        ("images/stages", "expected a place outside of"),
+        ("file", "expected a folder to write to, got a file"),
+        ("out.html", "expected a folder of its own for stages"),
+        ("absent/stages", None),
+    ],
+)
+def test_stages_are_kept_in_no_place_of_another_use(
+    shell: Shell, stand_in: StandIn, place: str, told: str | None
+) -> None:
+    keep = shell.folder / place
     (shell.folder / "images").mkdir()
     (shell.folder / "file").write_text("taken")
-    given = ["scan", shell.checkpoint(), "--arch", "net.py:make", "--clean", shell.folder / "images"]
-    ran = shell(*given, "--keep", shell.folder / place)
+    given = scan_of(shell, "--keep", keep, "--html", shell.folder / "out.html")
+    if place.startswith("images"):
+        given[given.index("digits")] = shell.folder / "images"
+    ran = shell(*given)
+    if told is None:
+        assert ran.code == 0
+        assert stand_in.given["keep"] == keep
+        return
     assert ran.code == 2
-    assert "expected a" in ran.err
+    assert told in ran.err
     assert stand_in.given == {}
+    assert not (shell.folder / "images" / "stages").exists()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +14,8 @@ import torch
 from torch import nn
 
 import debackdoor as db
+from debackdoor.case import open_case
+from debackdoor.defenses.rnp import RNP
 from debackdoor.detectors.squares import Square, Squares
 from debackdoor.errors import DebackdoorError
 from debackdoor.models.copying import copied
@@ -135,7 +140,7 @@ def test_a_stage_that_cannot_be_read_is_made_anew(tmp_path: Path, damage: bytes 
         torch.save({"class": "pathlib:Path", "fields": {}}, path)
     else:
         path.write_bytes(damage)
-    with pytest.warns(UserWarning, match="cannot be read"):
+    with pytest.warns(UserWarning, match="is damaged, or no stage"):
         assert keep("some", lambda: 2) == 2
     assert keep("some", lambda: 3) == 2
 
@@ -144,9 +149,68 @@ def test_a_full_disk_loses_no_finding(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("debackdoor.stages.atomic_write", full)
+    monkeypatch.setattr("debackdoor.stages.atomic_file", full)
     with pytest.warns(UserWarning, match="No space left"):
         assert stages(tmp_path)("some", lambda: 1) == 1
+
+
+def test_what_cannot_be_kept_is_returned_all_the_same(tmp_path: Path) -> None:
+    keep = stages(tmp_path)
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert keep("some", lambda: {frozenset(): 1}) == {frozenset(): 1}
+    assert not list(keep.folder.iterdir())
+
+
+OWN = """
+import torch
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.head(x.flatten(1))
+"""
+
+ASKED = """
+import sys, torch
+from debackdoor.models.load import build_model
+from debackdoor.stages import stages_in
+torch.manual_seed(0)
+print(stages_in(sys.argv[1], build_model(sys.argv[2] + ":Own", 3)).folder.name)
+"""
+
+
+def test_a_network_of_the_users_file_is_known_again_by_another_process(tmp_path: Path) -> None:
+    def name(seed: str) -> str:
+        ran = subprocess.run(
+            [sys.executable, "-c", ASKED, tmp_path / "stages", tmp_path / "net.py"],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            check=True,
+            text=True,
+        )
+        return ran.stdout
+
+    (tmp_path / "net.py").write_text(OWN)
+    first = name("1")
+    assert name("2") == first
+    (tmp_path / "net.py").write_text(OWN + "# another file\n")
+    assert name("1") != first
+
+
+def test_what_changes_the_answers_alone_makes_another_network(tmp_path: Path) -> None:
+    def folder(model: nn.Module) -> Path:
+        keep = open_case(model, row_images(), RNP(precision="fp32"), "cpu", keep=tmp_path).keep
+        assert isinstance(keep, Stages)
+        return keep.folder
+
+    turned = switched_to(2)
+    turned.register_forward_hook(lambda _, __, answers: torch.cat([answers[:-1], answers[-1:].roll(1, 1)]))
+    assert folder(turned) != folder(switched_to(2))
+    assert folder(switched_to(2)) == folder(switched_to(2))
 
 
 def test_a_place_that_is_no_folder_is_refused(tmp_path: Path) -> None:

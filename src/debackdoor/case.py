@@ -37,8 +37,8 @@ from debackdoor.models.forward import (
 from debackdoor.models.layout import to_faster_layout
 from debackdoor.rnp.modes import norms_that_learn
 from debackdoor.rnp.unlearn import Unlearned, unlearn
-from debackdoor.runtime import at_once, device_name, learning, resolve_device, seeded
-from debackdoor.stages import Keep, anew, stages_in
+from debackdoor.runtime import at_once, device_name, has_fast_bf16, learning, resolve_device, seeded
+from debackdoor.stages import Keep, Stages, anew, stages_in
 from debackdoor.types import CleanSet, Progress
 
 FEWEST_NORMS = 8
@@ -173,9 +173,19 @@ def open_case(
         fit, holdout = split_clean(clean, HOLDOUT, method.seed)
         classes = predict(suspect, clean.x[:2], precision=method.precision).shape[1]
         most = images_within(memory, suspect, clean.x, method.precision)
-    given = (clean.x, clean.y, method, most, device_name(place))
-    stages = anew if keep is None else stages_in(keep, suspect, *given, progress=progress)
+        stages = anew if keep is None else _stages(keep, suspect, clean, method, most, progress)
     return Case(suspect, clean, fit, holdout, classes, most, method, progress, stages)
+
+
+def _stages(
+    folder: str | Path, suspect: nn.Module, clean: CleanSet, method: RNP, most: int, progress: Progress | None
+) -> Stages:
+    """Those that earlier jobs with the same model, images and settings have finished."""
+    # A hash of code and weights knows nothing of hooks and imported functions; what they change, the answers show.
+    answers = predict(suspect, clean.x, precision=method.precision).argmax(1)
+    place = clean.x.device
+    computed = (device_name(place), has_fast_bf16(place), torch.are_deterministic_algorithms_enabled())
+    return stages_in(folder, suspect, clean.x, clean.y, answers, method, most, *computed, progress=progress)
 
 
 @contextmanager

@@ -10,10 +10,22 @@ import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
-    """Replaces the file at ``path`` by ``data`` in one step, and has both on disk before it returns.
+    """Replaces the file at ``path`` by ``data``, as :func:`atomic_file` does.
+
+    Raises:
+        OSError: if the folder does not exist or cannot be written to, or the disk is full.
+    """
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes the place of that at ``path`` in one step, and is on disk, when the context ends.
 
     A symbolic link stays a link: the file that it points to is replaced. A new file gets the permissions that the
     user's umask gives, one that replaces another those of the other. After any failure the old file is as it was and
@@ -29,7 +41,7 @@ def atomic_write(path: str | Path, data: bytes) -> None:
         with open(temporary, "xb") as file:
             with contextlib.suppress(OSError):  # before the data, which may be for its owner alone
                 os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)

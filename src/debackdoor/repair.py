@@ -144,7 +144,7 @@ def _examine_again(case: Case, model: nn.Module, before: Evidence) -> Evidence:
 
 
 def _judge(before: Evidence, after: Evidence) -> Verification:
-    """Whether what was suspect before still is, by a fresh search."""
+    """Whether what was suspect before still is."""
     left = remains(before, after)
     away = [carried.after for carried in after.carried if carried.label is None and carried.left]
     if after.all_to_all and after.shortcuts.away is not None:

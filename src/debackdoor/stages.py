@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import io
 import os
 import re
 import warnings
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from debackdoor.errors import DebackdoorError
-from debackdoor.files import atomic_write
+from debackdoor.files import atomic_file
 from debackdoor.models.copying import copied
 from debackdoor.models.forward import in_eval
 from debackdoor.runtime import versions
@@ -82,22 +81,31 @@ class Stages:
         """
         path = self.folder / f"{name}-{_hash_of(*given)}.pt"
         if path.exists():
+            self._tell(0)
             try:
-                found: T = _unpacked(torch.load(path, weights_only=True), self.network)
+                found: T = _unpacked(torch.load(path, map_location="cpu", weights_only=True), self.network)
             except Exception as error:  # damaged bytes make the unpickler raise almost anything
-                warnings.warn(f"{path} cannot be read ({error}); the stage is made anew", stacklevel=2)
+                _warn(path, f"is damaged, or no stage of this program ({type(error).__name__}); it is made anew")
             else:
-                if self.progress is not None:
-                    self.progress(TAKEN, 1, 1, {})
+                self._tell(1)
                 return found
         made = make()
-        buffer = io.BytesIO()
-        torch.save(_packed(made), buffer)
         try:
-            atomic_write(path, buffer.getvalue())
-        except OSError as error:  # what was found is worth more than that it is kept
-            warnings.warn(f"{path} was not written: {error.strerror or error}; check the disk", stacklevel=2)
+            with atomic_file(path) as file:
+                torch.save(_packed(made), file)
+        except OSError as error:
+            _warn(path, f"was not written: {error.strerror or error}; check the disk")
+        except Exception as error:  # what was found is worth more than that it is kept
+            _warn(path, f"was not written: this network's cannot be kept ({type(error).__name__})")
         return made
+
+    def _tell(self, done: int) -> None:
+        if self.progress is not None:
+            self.progress(TAKEN, done, 1, {})
+
+
+def _warn(path: Path, what: str) -> None:
+    warnings.warn(f"{path} {what}", stacklevel=3)
 
 
 def stages_in(folder: str | Path, network: nn.Module, *given: object, progress: Progress | None = None) -> Stages:
@@ -189,11 +197,12 @@ def _add(digest: Any, value: Any) -> None:
         digest.update(flat.view(torch.uint8).numpy())
     elif isinstance(value, nn.Module):
         for name, module in value.named_modules():
-            kind: type[nn.Module] = type(module)
+            kind = type(module)
             # What a network's own words for a layer say of where in memory something is differs from run to run.
             words = re.sub(r" at 0x[0-9a-f]+", "", module.extra_repr())
-            digest.update(f"{name} {kind.__module__}:{kind.__qualname__} {words}\n".encode())
-            digest.update(_source_of(kind))
+            digest.update(f"{name} {kind.__qualname__} {words}\n".encode())
+            for base in kind.__mro__:
+                digest.update(_source_of(base))
         for name, tensor in _tensors(value).items():
             digest.update(name.encode())
             _add(digest, tensor)
@@ -209,20 +218,18 @@ def _add(digest: Any, value: Any) -> None:
         digest.update(f"{value!r}\n".encode())
 
 
-def _source_of(kind: type[nn.Module]) -> bytes:
-    """A hash of the file that a network's class stands in; torch's own are known by its version."""
-    if kind.__module__.partition(".")[0] == "torch":
-        return b""
+def _source_of(kind: type) -> bytes:
+    """A hash of the file that a class stands in; torch's own are known by their module and its version.
+
+    Not the module's name for others: that of a file which was read as an architecture differs from run to run.
+    """
+    if kind.__module__.partition(".")[0] in ("torch", "builtins"):
+        return kind.__module__.encode()
     try:
         file = inspect.getsourcefile(kind)
-        return b"" if file is None else _file_hash(file)
+        return b"" if file is None else hashlib.sha256(Path(file).read_bytes()).digest()
     except (OSError, TypeError):  # written at a prompt
         return b""
-
-
-@functools.cache
-def _file_hash(path: str) -> bytes:
-    return hashlib.sha256(Path(path).read_bytes()).digest()
 
 
 @functools.cache

@@ -95,7 +95,7 @@ def detect(
     output = Output(quiet, json_to)
     read = paths_among(clean, suspects, arch)
     output.check_json([checkpoint, *read])
-    check_kept(keep, read)
+    check_kept(keep, read, json_to, clean_out)
     if clean_out is not None:
         check_new_folder(clean_out, paths_among(clean, suspects), json_to)
 

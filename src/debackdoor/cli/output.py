@@ -103,7 +103,7 @@ class Output:
         from debackdoor.stages import TAKEN
 
         if TAKEN in stages.seconds:
-            self.say("finished stages of an earlier run were taken")
+            self.say("finished stages were taken from the folder that keeps them")
 
     def check_json(self, inputs: Iterable[Path]) -> None:
         """Checks, before any work, that the record can be written and takes the place of none of ``inputs``.
@@ -279,15 +279,19 @@ def check_outside(path: Path, folders: Iterable[Path]) -> None:
             raise DebackdoorError(f"{path}: expected a place outside of {folder}, which is read; give another")
 
 
-def check_kept(folder: Path | None, inputs: Iterable[Path]) -> None:
+def check_kept(folder: Path | None, inputs: Iterable[Path], *outputs: str | Path | None) -> None:
     """Checks, before any work, that finished stages can be kept in ``folder``, where there is to be one.
 
     Raises:
-        DebackdoorError: if not, or if it is inside of one of ``inputs`` that are folders.
+        DebackdoorError: if not, or if it is inside of one of ``inputs`` that are folders, or among ``outputs``.
     """
-    if folder is not None:
-        check_to_be_folder(folder)
-        check_outside(folder, inputs)
+    if folder is None:
+        return
+    check_to_be_folder(folder)
+    check_outside(folder, inputs)
+    here = Path(os.path.realpath(folder))
+    if any(path is not None and here.is_relative_to(os.path.realpath(path)) for path in outputs):
+        raise DebackdoorError(f"{folder}: expected a folder of its own for stages, got an output's; give another")
 
 
 def check_to_be_folder(folder: Path) -> None:

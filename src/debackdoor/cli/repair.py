@@ -73,7 +73,7 @@ def repair(
     taken = [checkpoint, out, *read]
     check_more(taken, html, scan_json)
     output.check_json(taken)
-    check_kept(keep, read)
+    check_kept(keep, read, out, json_to, html, scan_json)
 
     from debackdoor.both import scan_and_repair
     from debackdoor.checkpoint import write_checkpoint

@@ -71,7 +71,7 @@ def scan(
     taken = [checkpoint, *read]
     check_more(taken, html, sarif)
     output.check_json(taken)
-    check_kept(keep, read)
+    check_kept(keep, read, json_to, html, sarif)
 
     from debackdoor.data import load_clean
     from debackdoor.models import open_model

@@ -16,6 +16,7 @@ from torch import nn
 from debackdoor.detectors.perturbations import Sizes
 from debackdoor.detectors.shortcut import AWAY_STARTS
 from debackdoor.detectors.universal import AWAY, UniversalSearch, aims_at, patches_away
+from debackdoor.models.forward import predict, share_led
 from debackdoor.types import CleanSet, Progress
 
 STEPS, IMAGES, STARTS = 150, 4, 3
@@ -41,8 +42,8 @@ class Carried:
     Attributes:
         kind: ``additive``, ``patch`` or ``warp``.
         label: that it leads to; None where it leads away from all.
-        before: on the suspect model, the share of images of other labels that it sends there, of the hold-out part;
-            where it leads away, how far accuracy falls.
+        before: on the suspect model, how much larger the share of images of other labels is that get the label with it
+            than without, of the hold-out part; where it leads away, how far accuracy falls.
         after: the same on the repaired model.
     """
 
@@ -89,7 +90,15 @@ def carried_over(
     search.run(suspect, fit, STEPS, IMAGES, precision=precision, progress=progress)
     found = []
     for number, aim in enumerate(search.aims):
-        before, after = (search.success(model, holdout, number, precision=precision) for model in (suspect, repaired))
+        before, after = (_gain(search, model, holdout, number, precision) for model in (suspect, repaired))
         if before >= WORKS:
             found.append(Carried(aim.kind.kind, None if aim.target == AWAY else aim.target, before, after))
     return tuple(sorted(found, key=lambda carried: -carried.after))
+
+
+def _gain(search: UniversalSearch, model: nn.Module, holdout: CleanSet, number: int, precision: str) -> float:
+    """A perturbation's success beyond what there is without it: a model of little accuracy errs to any label."""
+    success, target = search.success(model, holdout, number, precision=precision), search.aims[number].target
+    if target == AWAY:
+        return success
+    return success - share_led(holdout, target, lambda x: predict(model, x, precision=precision).argmax(1))

@@ -268,7 +268,9 @@ def _carried(get: Get, label: float | None, name: Name) -> Sign | None:
         return None
     where = "are led away" if label is None else f"go to {name(int(label))}"
     found = f"{percent(success)} {where}"
-    return Sign("carried", "Found before, tried again", CARRIED, found, percent(LEFT), success / LEFT, False)
+    return Sign(
+        "carried", "What led the model before, tried after", CARRIED, found, percent(LEFT), success / LEFT, False
+    )
 
 
 def _sentence(message: str) -> str:
