@@ -266,7 +266,7 @@ def _carried(get: Get, label: float | None, name: Name) -> Sign | None:
     success = get("carried")
     if success is None:
         return None
-    where = "are led away" if label is None else f"go to {name(int(label))}"
+    where = "are led away" if label is None else f"more go to {name(int(label))}"
     found = f"{percent(success)} {where}"
     return Sign(
         "carried", "What led the model before, tried after", CARRIED, found, percent(LEFT), success / LEFT, False
