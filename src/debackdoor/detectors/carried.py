@@ -31,7 +31,8 @@ WORKS = 0.5
 LEFT = 0.25
 """A success on the repaired model from which on the backdoor is still there.
 
-After whole repairs of four models of the zoo it was 0.17 at most, after repairs that lacked a part 0.40 at least.
+After whole repairs of four models of the zoo it was 0.17 at most, after repairs that lacked a part 0.40 at least; of
+others ``docs/results.md`` tells.
 """
 
 
