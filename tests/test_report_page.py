@@ -147,7 +147,7 @@ def test_what_led_the_model_and_leads_the_repaired_one(page: Any, label: float |
     evidence |= {"carried_before": 0.97, "carried_after": 0.02}
     evidence |= {} if label is None else {"carried_label": label}
     words = page(repair).words
-    assert f"{title} threshold: 25.0 % 97.0 % {told} 2.0 % {told}" in words, words[words.index(title) :][:120]
+    assert f"{title} threshold: 25 points 97 points {told} 2 points {told}" in words, words[words.index(title) :][:120]
 
 
 def test_a_search_that_was_not_made_again_says_so(page: Any) -> None:

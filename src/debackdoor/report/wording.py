@@ -267,10 +267,8 @@ def _carried(get: Get, label: float | None, name: Name) -> Sign | None:
     if success is None:
         return None
     where = "are led away" if label is None else f"more go to {name(int(label))}"
-    found = f"{percent(success)} {where}"
-    return Sign(
-        "carried", "What led the model before, tried after", CARRIED, found, percent(LEFT), success / LEFT, False
-    )
+    found, least = f"{100 * success:.0f} points {where}", f"{100 * LEFT:.0f} points"
+    return Sign("carried", "What led the model before, tried after", CARRIED, found, least, success / LEFT, False)
 
 
 def _sentence(message: str) -> str:
