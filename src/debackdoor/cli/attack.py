@@ -12,7 +12,8 @@ import typer
 
 from debackdoor.cli import options
 from debackdoor.cli.evaluate import rates
-from debackdoor.cli.output import Output, check_file, check_folder, check_outside, paths_among
+from debackdoor.cli.output import Output
+from debackdoor.cli.places import check_file, check_folder, check_outside, paths_among
 from debackdoor.errors import DebackdoorError
 
 if TYPE_CHECKING:

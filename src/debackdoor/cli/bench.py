@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_folder, check_more, each_of, write_text
+from debackdoor.cli.output import Output, each_of, write_text
+from debackdoor.cli.places import check_folder, check_more
 from debackdoor.cli.status import OK
 
 if TYPE_CHECKING:

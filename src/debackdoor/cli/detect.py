@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_kept, check_new_folder, each_of, finding_stands, paths_among
+from debackdoor.cli.output import Output, each_of, finding_stands
+from debackdoor.cli.places import check_kept, check_new_folder, paths_among
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK, complain
 from debackdoor.text import visible
 

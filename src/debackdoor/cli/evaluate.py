@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, paths_among
+from debackdoor.cli.output import Output
+from debackdoor.cli.places import paths_among
 from debackdoor.errors import TriggerError
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_kept, check_more, each_of, finding_stands, paths_among, write_text
+from debackdoor.cli.output import Output, each_of, finding_stands, write_text
+from debackdoor.cli.places import check_kept, check_more, paths_among
 from debackdoor.cli.status import BACKDOORED, INCONCLUSIVE, OK
 from debackdoor.cli.words import numbers_in_words
 from debackdoor.text import visible

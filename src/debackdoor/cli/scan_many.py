@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_file, check_to_be_folder, each_of, finding_stands, paths_among
+from debackdoor.cli.output import Output, each_of, finding_stands
+from debackdoor.cli.places import check_file, check_to_be_folder, paths_among
 from debackdoor.cli.scan import FailOn
 from debackdoor.cli.status import BACKDOORED, ERROR, INCONCLUSIVE, OK
 from debackdoor.text import visible

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from debackdoor.cli import options
-from debackdoor.cli.output import Output, check_folder, check_more, check_outside, paths_among
+from debackdoor.cli.output import Output
+from debackdoor.cli.places import check_folder, check_more, check_outside, paths_among
 from debackdoor.errors import DebackdoorError
 
 if TYPE_CHECKING:
